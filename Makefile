@@ -1,0 +1,44 @@
+# Two commands for a newcomer:  make demo  (sets up, trains a small study, shows the result)   make test  (sets up, passes the tests)
+# Needs Python 3.11 or 3.12, pip and make. On a machine with an NVIDIA GPU pip brings the CUDA build of the same torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test test-fast test-gpu lint bench-orchestration clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"decay needs Python 3.11 or 3.12, found {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/decay demo
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -x -q -m 'not gpu'
+
+test-fast: setup
+	$(BIN)/python -m pytest -x -q -m 'not gpu and not slow'
+
+test-gpu: setup
+	$(BIN)/python -m pytest -x -q -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-orchestration: setup
+	$(BIN)/python benchmarks/orchestration.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

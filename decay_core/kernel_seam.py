@@ -1,0 +1,58 @@
+"""The one door to kernels/: nothing else in the project imports that folder.
+
+What is unusual: the folder has the name of Hugging Face's package `kernels`, which transformers imports, so it has no
+__init__.py and its path is appended to whichever package of that name Python finds first. Both then work: `import
+kernels` still gives Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = str(Path(__file__).resolve().parent.parent / "kernels")
+
+
+def _load_selector() -> Any:
+    try:
+        package = importlib.import_module("kernels")
+    except ModuleNotFoundError:  # decay_core was installed in place: the checkout itself is not on the path
+        package = sys.modules["kernels"] = ModuleType("kernels")
+        package.__path__ = []
+    if _FOLDER not in package.__path__:
+        package.__path__.append(_FOLDER)
+    return importlib.import_module("kernels.select_kernel")
+
+
+_SELECTOR = _load_selector()
+
+
+def decay_scan(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+    v_bthv: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence S_t = diag(λ_t) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t by the fastest implementation there is for
+    these tensors.
+
+    log_decay: natural log, (B, T, H) or (B, T, H, K). Returns (o (B, T, H, V), state (B, H, K, V) or None) in fp32 or
+    wider, also under autocast. Source: kernels/decay_scan_naive.py is the definition.
+    """
+    with torch.autocast(q_bthk.device.type, enabled=False):
+        scan = _SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay).scan
+        o_bthv, state = scan(q_bthk, k_bthk, v_bthv, log_decay, initial_state, output_final_state)
+    return o_bthv, state
+
+
+def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> str:
+    """One line: which implementation `decay_scan` would take for these tensors, and why."""
+    return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay))

@@ -1,0 +1,1 @@
+"""What runs: one folder per kind of process (data, train, schedule, track, report, study)."""

@@ -1,0 +1,158 @@
+"""The command `decay`: every use of the service, each a few lines over the module that does it.
+
+Exit codes: 0 complete, 1 failed, 2 refused (bad input, one line, nothing written), 3 incomplete (run again to go on).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+LOG_WIDTH = 160
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").splitlines()[0]
+)
+
+StudyFile = Annotated[Path, typer.Argument(help="study file (YAML), such as tune_spaces/smoke.yaml")]
+StorageOption = Annotated[str | None, typer.Option("--storage", help="folder or URI in place of the study file's own")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; default RAY_ADDRESS or this machine")]
+
+
+@app.command()
+def plan(study_file: StudyFile, storage: StorageOption = None) -> None:
+    """Show the trials, their parameters and cost, and every refused cell with its reason. Writes nothing."""
+    from services.study.file import read_study
+    from services.study.show import show_plan
+
+    show_plan(read_study(study_file, storage), _console())
+
+
+@app.command()
+def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
+    """Run what is missing of a study; running again resumes, and a finished study runs nothing."""
+    from services.schedule.driver import Options, run_study, to_stderr
+    from services.study.file import read_study
+
+    study = read_study(study_file, storage)
+    ended = run_study(study, Options(address=address, say=to_stderr))
+    _report(study)
+    raise typer.Exit(int(ended))
+
+
+@app.command()
+def resume(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
+    """Resume a study that was started before: `run`, but refused when there is nothing to resume."""
+    from services.schedule.driver import study_storage
+    from services.study.file import StudyError, read_study
+    from services.study.manifest import read_manifest
+
+    study = read_study(study_file, storage)
+    if read_manifest(study_storage(study)) is None:
+        raise StudyError(f"study {study.name!r} has not started in {study.storage}; start it with decay run")
+    run(study_file, storage, address)
+
+
+@app.command()
+def status(study_file: StudyFile, storage: StorageOption = None) -> None:
+    """Show where every trial of a study stands."""
+    from services.schedule.driver import study_storage
+    from services.study.file import read_study
+    from services.study.show import show_status
+
+    study = read_study(study_file, storage)
+    show_status(study, study_storage(study), _console())
+
+
+@app.command()
+def report(study_file: StudyFile, storage: StorageOption = None) -> None:
+    """Write the report of what is finished (Markdown, PNG, HTML), print its table and log it to MLflow."""
+    from services.study.file import read_study
+
+    _report(read_study(study_file, storage))
+
+
+@app.command()
+def submit(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    address: Annotated[str, typer.Option("--address", help="Ray's dashboard address")] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, typer.Option(help="follow the log and end with the job's exit code")] = True,
+) -> None:
+    """Submit a study as a Ray job: this folder travels, the driver runs on the cluster."""
+    from services.schedule.submit import submit_study
+
+    raise typer.Exit(submit_study(study_file, storage, address, wait, sys.stderr))
+
+
+@app.command()
+def clean(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    quota: Annotated[str | None, typer.Option(help="keep at most this much of checkpoints, such as 20GiB")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, remove nothing")] = False,
+) -> None:
+    """Remove checkpoints of finished trials (their weights and results stay), then the oldest until a quota is met."""
+    from services.schedule.driver import study_storage
+    from services.study.clean import clean_checkpoints
+    from services.study.file import read_study
+
+    study = read_study(study_file, storage)
+    for line in clean_checkpoints(study_storage(study), quota, dry_run):
+        typer.echo(line)
+
+
+@app.command()
+def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep the demo's files")] = "runs") -> None:
+    """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
+    from services.schedule.driver import Options, run_study, to_stderr
+    from services.study.file import read_study
+    from services.study.show import show_plan
+
+    path = Path(__file__).parents[1] / "tune_spaces" / "smoke.yaml"
+    study = read_study(path, str(Path(storage).absolute()))
+    show_plan(study, _console(stderr=True))
+    ended = run_study(study, Options(say=to_stderr))
+    _report(study)
+    raise typer.Exit(int(ended))
+
+
+def _console(stderr: bool = False) -> Console:
+    """A terminal's own width, or wide enough for whole tables in a log."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else LOG_WIDTH)
+
+
+def _report(study: object) -> None:
+    from services.schedule.reporting import report_study
+    from services.study.file import Study
+
+    assert isinstance(study, Study)
+    report_study(study, _console())
+
+
+def main() -> None:
+    """Entry point of `decay` and of `python -m services.cli`: refusals are one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("alembic", "mlflow", "ray", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="ray|mlflow|deepspeed|pydantic")
+    try:
+        app()
+    except ValueError as refusal:  # StudyError, LeaseHeld, TrackingError, CacheError, StorageError ... are ValueErrors
+        if not type(refusal).__module__.startswith(("services.", "decay_core.")):
+            raise
+        typer.echo(f"decay: {refusal}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("decay: interrupted; run again to go on", err=True)
+        raise SystemExit(3) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""From a study's files to its report: reads results and ledger, builds the pages, prints the table, logs it all to MLflow."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from services.report import build_report, console_table
+from services.schedule.driver import study_storage, tracking_uri
+from services.study.file import Study, StudyError
+from services.study.ledger import Ledger
+from services.study.manifest import Manifest, read_manifest
+from services.study.plan import Plan, make_plan
+from services.study.result import Omission, StudySummary, TrialResult
+from services.study.storage import Storage
+from services.track.runs import MlflowException, Tracker, is_file_database
+
+log = logging.getLogger(__name__)
+
+
+def report_study(study: Study, console: Console) -> None:
+    """Writes `<study>/report/`, prints its table and says how to open MLflow. Raises StudyError before the first result."""
+    storage = study_storage(study)
+    manifest = read_manifest(storage)
+    if manifest is None:
+        raise StudyError(f"study {study.name!r} has not started in {study.storage}; start it with decay run")
+    plan = make_plan(study)
+    results = _results(plan, storage)
+    summary = _summary(plan, storage, manifest, results)
+    uri = tracking_uri(study)
+    if results:
+        with storage.local_copy("report") as folder:
+            build_report(summary, results, folder)
+            if storage.local_path is None:
+                storage.put_folder(folder, "report")
+            _log(uri, manifest, folder)
+        console.print(console_table(summary, results))
+        console.print(f"report: {storage.root}/report/")
+    else:
+        console.print(f"study {study.name}: no finished trial to report yet")
+    console.print(how_to_open(uri), soft_wrap=True)
+
+
+def how_to_open(uri: str) -> str:
+    """The sentence that tells how to look at the runs."""
+    if is_file_database(uri):
+        return f"compare the runs in MLflow: mlflow ui --backend-store-uri {uri}  then open http://127.0.0.1:5000"
+    return f"compare the runs in MLflow: {uri}"
+
+
+def _results(plan: Plan, storage: Storage) -> list[TrialResult]:
+    found = []
+    for trial in plan.trials:
+        raw = storage.read(f"trials/{trial.id}/result.json")
+        if raw is not None:
+            found.append(TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json"))
+    return found
+
+
+def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[TrialResult]) -> StudySummary:
+    states = Ledger(storage).states(trial.id for trial in plan.trials)
+    done = {result.trial_id for result in results}
+    failed = [(t.name, states[t.id].reason) for t in plan.trials if states[t.id].state == "failed" and t.id not in done]
+    waiting = [(t.name, states[t.id].state) for t in plan.trials if states[t.id].state in ("waiting", "started")]
+    waiting = [(name, state) for name, state in waiting if name not in {result.name for result in results}]
+    return StudySummary(
+        name=plan.study.name,
+        question=plan.study.question.strip(),
+        data=f"{manifest.data['source']} (digest {manifest.data['digest'][:12]})",
+        tokenizer=plan.study.data.tokenizer,
+        held_out_tokens=manifest.data["held_out_tokens"],
+        unigram_entropy=manifest.data["unigram_entropy_nats"],
+        tracking_uri=manifest.tracking.get("uri", ""),
+        n_trials=len(plan.trials),
+        n_finished=len(results),
+        failed=tuple(Omission(name=name, reason=reason) for name, reason in failed),
+        unfinished=tuple(Omission(name=name, reason=state) for name, state in waiting),
+        refused=tuple(Omission(name=cell.point.name, reason=cell.reason) for cell in plan.refused),
+    )
+
+
+def _log(uri: str, manifest: Manifest, folder: Path) -> None:
+    parent = manifest.tracking.get("parent")
+    if not parent:
+        return
+    try:
+        Tracker(uri, None).log_folder(parent, folder, "report")
+    except (MlflowException, OSError) as error:
+        log.warning("the report is written but MLflow did not take it (%s)", str(error).splitlines()[0])

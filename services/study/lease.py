@@ -1,0 +1,122 @@
+"""The lease: one driver per study, and a dead driver does not hold it for ever.
+
+The holder renews a small file; whoever finds it decides: same host and the process is gone, or not renewed for
+`EXPIRY_S`: dead, taken over. Surprising: deciding and taking happen under an operating system lock on a local file system;
+an object store has none, so there the taker writes, waits and looks whether its own token is still the one that stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from services.study.storage import Storage, canonical_json
+
+EXPIRY_S = 60.0
+RENEW_S = 10.0
+SETTLE_S = 1.0
+NAME = "lease.json"
+
+
+class LeaseHeld(ValueError):
+    """Another driver works on this study."""
+
+
+class Lease:
+    """Taken by `take`, kept by calling `renew` at least every RENEW_S, given back by `release`."""
+
+    def __init__(self, storage: Storage, token: str) -> None:
+        self._storage = storage
+        self._token = token
+        self._renewed = 0.0
+
+    def renew(self) -> None:
+        """Says that this driver lives; cheap to call often. Raises LeaseHeld when somebody else took over."""
+        if time.monotonic() - self._renewed < RENEW_S:
+            return
+        held = _read(self._storage)
+        if held is None or held.get("token") != self._token:
+            raise LeaseHeld("this driver was taken for dead and another took over the study; stopping")
+        self._write()
+
+    def release(self) -> None:
+        """Gives the lease back, unless it is another driver's by now."""
+        held = _read(self._storage)
+        if held is not None and held.get("token") == self._token:
+            self._storage.delete(NAME)
+
+    def _write(self) -> None:
+        process = psutil.Process()
+        body = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "process_started": process.create_time(),
+            "renewed": time.time(),
+        }
+        self._storage.write(NAME, canonical_json(body).encode())
+        self._renewed = time.monotonic()
+
+
+def take(storage: Storage) -> Lease:
+    """Takes the study's lease or raises LeaseHeld saying who has it, since when, and what to do."""
+    lease = Lease(storage, uuid.uuid4().hex)
+    with _critical_section(storage):
+        held = _read(storage)
+        if held is not None and _alive(held):
+            age = time.time() - float(held.get("renewed", 0))
+            raise LeaseHeld(
+                f"study at {storage.root} is being run by process {held.get('pid')} on {held.get('host')} "
+                f"(heard of {age:.0f} s ago); wait for it, or stop it and run again"
+            )
+        lease._write()
+    if storage.local_path is None:
+        time.sleep(SETTLE_S)
+        after = _read(storage)
+        if after is None or after.get("token") != lease._token:
+            raise LeaseHeld(f"study at {storage.root} was taken by another driver in the same moment; run again")
+    return lease
+
+
+def _read(storage: Storage) -> dict[str, Any] | None:
+    raw = storage.read(NAME)
+    if raw is None:
+        return None
+    try:
+        held = json.loads(raw)
+    except ValueError:
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _alive(held: dict[str, Any]) -> bool:
+    """Whether the process of a lease still lives, as far as can be told from here."""
+    if held.get("host") == socket.gethostname():
+        try:
+            process = psutil.Process(int(held["pid"]))
+            same = abs(process.create_time() - float(held["process_started"])) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, KeyError, ValueError):
+            return False
+    return time.time() - float(held.get("renewed", 0)) < EXPIRY_S
+
+
+@contextlib.contextmanager
+def _critical_section(storage: Storage) -> Iterator[None]:
+    if storage.local_path is None:
+        yield
+        return
+    folder: Path = storage.local_path
+    os.makedirs(folder, exist_ok=True)
+    with FileLock(folder / ".lease.lock", timeout=30):
+        yield

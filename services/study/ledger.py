@@ -1,0 +1,91 @@
+"""The ledger: the only truth about what a study has done.
+
+One event is one small file, written atomically under a name that never repeats, so that several processes append without
+a lock and a killed writer leaves nothing. Tune's and MLflow's state are caches of what stands here (ray.md P1-P5 say why).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from services.study.storage import Storage, StorageError, canonical_json
+
+Kind = Literal["run", "attempt", "finished", "failed", "tracked"]
+FOLDER = "ledger"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened: `kind`, the trial it concerns ("" for the study), a time and details."""
+
+    kind: Kind
+    trial: str
+    time_ns: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialState:
+    """What the ledger says of one trial: waiting, started, failed or finished; how often it was started; why it failed."""
+
+    state: Literal["waiting", "started", "failed", "finished"]
+    attempts: int = 0
+    reason: str = ""
+    tracked: bool = False
+
+
+class Ledger:
+    """Events of one study under `<study>/ledger/`."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._seen: dict[str, Event] = {}
+
+    def append(self, kind: Kind, trial: str = "", **details: Any) -> Event:
+        """Writes one event; it is on the disk when this returns."""
+        event = Event(kind=kind, trial=trial, time_ns=time.time_ns(), details=details)
+        name = f"{FOLDER}/{event.time_ns:020d}-{uuid.uuid4().hex[:8]}.json"
+        body = {"kind": kind, "trial": trial, "time_ns": event.time_ns, "details": details}
+        self._storage.write(name, canonical_json(body).encode())
+        return event
+
+    def events(self) -> list[Event]:
+        """All events, oldest first. Raises StorageError naming a file that is not an event (cut or edited)."""
+        for name in self._storage.list(FOLDER):
+            if name.startswith(".") or name in self._seen:
+                continue
+            raw = self._storage.read(f"{FOLDER}/{name}")
+            try:
+                body = json.loads(raw or b"")
+                self._seen[name] = Event(**body)
+            except (ValueError, TypeError) as error:
+                raise StorageError(
+                    f"ledger event {self._storage.root}/{FOLDER}/{name} is damaged ({error}); "
+                    "move it away to run its trial again"
+                ) from error
+        return [self._seen[name] for name in sorted(self._seen)]
+
+    def states(self, trials: Iterable[str]) -> dict[str, TrialState]:
+        """The state of each of `trials`. A finished trial stays finished whatever comes after it."""
+        states = {trial: TrialState(state="waiting") for trial in trials}
+        for event in self.events():
+            old = states.get(event.trial)
+            if old is None:
+                continue
+            states[event.trial] = _next_state(old, event)
+        return states
+
+
+def _next_state(old: TrialState, event: Event) -> TrialState:
+    attempts = old.attempts + (event.kind == "attempt")
+    tracked = old.tracked or event.kind == "tracked"
+    if old.state == "finished" or event.kind in ("finished", "tracked"):
+        return TrialState(state="finished", attempts=attempts, tracked=tracked)
+    if event.kind == "failed":
+        return TrialState(state="failed", attempts=attempts, reason=str(event.details.get("reason", "")))
+    return TrialState(state="started", attempts=attempts)

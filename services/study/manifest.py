@@ -1,0 +1,117 @@
+"""The manifest: what a study was when it started, so that it can be extended but not changed under its trials.
+
+`study.json` holds the resolved study, the ids of its trials, the digest of its data and its start time (the zero of every
+metric's time stamp). It is replaced atomically and only ever grows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.study.file import Study, StudyError
+from services.study.plan import Plan
+from services.study.storage import Storage, canonical_json
+
+NAME = "study.json"
+# What may differ between two runs of one study: growth is judged by trial ids, the rest does not bear on a result's bits.
+FREE = {
+    "space", "sizes", "seeds", "budget", "question", "storage", "tracking", "data.workers", "resources.backend",
+    "resources.max_concurrent_trials", "resources.max_failures", "resources.assumed_gflops_per_worker",
+    "resources.cpus_per_worker",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`study` as resolved, `trials` id -> name, `data` {digest, path, ...}, `started_ms` (Unix), `tracking` {uri, ids}."""
+
+    study: dict[str, Any]
+    trials: dict[str, str]
+    data: dict[str, Any]
+    started_ms: int
+    tracking: dict[str, Any] = field(default_factory=dict)
+
+
+def read_manifest(storage: Storage) -> Manifest | None:
+    """The manifest of a started study, or None. Raises StudyError naming a damaged file; never a silent fresh start."""
+    raw = storage.read(NAME)
+    if raw is None:
+        if storage.list("ledger"):
+            raise StudyError(
+                f"{storage.root}/{NAME} is gone although the study has a ledger; restore the file, "
+                "or move the folder away to start over"
+            )
+        return None
+    try:
+        return Manifest(**json.loads(raw))
+    except (ValueError, TypeError) as error:
+        raise StudyError(
+            f"{storage.root}/{NAME} is damaged ({type(error).__name__}); restore it, or move the folder away to start over"
+        ) from error
+
+
+def write_manifest(storage: Storage, manifest: Manifest) -> None:
+    """Replaces the manifest atomically."""
+    storage.write(NAME, canonical_json(manifest.__dict__).encode())
+
+
+def check_unchanged(old: Manifest, plan: Plan) -> None:
+    """Refuses a study file whose started trials would not be what they were.
+
+    Raises StudyError naming the changed keys, or the trials that are no longer in the space.
+    """
+    before, after = _flat(old.study), _flat(resolved(plan.study))
+    changed = sorted(
+        key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not _free(key)
+    )
+    if changed:
+        said = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise StudyError(
+            f"study {plan.study.name!r} has started with other values of {said}{more}; "
+            "change them back, or give the new study another name"
+        )
+    gone = [name for trial, name in old.trials.items() if trial not in {t.id for t in plan.trials}]
+    if gone:
+        raise StudyError(
+            f"study {plan.study.name!r} has trials that its file no longer names: {', '.join(sorted(gone)[:4])}"
+            f"{' ...' if len(gone) > 4 else ''}; a study may grow but not shrink: put them back or use another name"
+        )
+
+
+def next_manifest(old: Manifest | None, plan: Plan, data: dict[str, Any]) -> Manifest:
+    """The manifest to write for this run: the first one, or the old one grown."""
+    if old is not None and old.data["digest"] != data["digest"]:
+        raise StudyError(
+            f"data of study {plan.study.name!r} changed: digest was {old.data['digest'][:12]}, is {data['digest'][:12]} "
+            f"({data['source']}); restore the data, or give the new study another name"
+        )
+    return Manifest(
+        study=resolved(plan.study),
+        trials={trial.id: trial.name for trial in plan.trials},
+        data=data,
+        started_ms=old.started_ms if old else int(time.time() * 1000),
+        tracking=old.tracking if old else {},
+    )
+
+
+def resolved(study: Study) -> dict[str, Any]:
+    """A study with every default filled in, as JSON values."""
+    return dict(study.model_dump(mode="json"))
+
+
+def _free(key: str) -> bool:
+    return key in FREE or key.split(".")[0] in FREE
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and not prefix:
+            flat.update(_flat(item, f"{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or do not exist: written under a new name, digested, then committed by one rename.
+
+A checkpoint is a folder `step_XXXXXXXX` with DeepSpeed's files, each rank's generators, the step log so far and COMPLETE.json,
+which names every file with its size and SHA-256 and is written last. A reader takes the newest folder whose COMPLETE holds;
+a folder that does not hold is set aside with a warning, never used and never silently replaced by a fresh start.
+On an object store there is no rename: the files go up first and COMPLETE.json last, which is the commit there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from services.study.storage import Storage, canonical_json, fsync_folder, write_atomically
+from services.train.engine import Engine
+from services.train.job import TrialFailed, World
+from services.train.randomness import random_state, restore_random_state
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+COMPLETE = "COMPLETE.json"
+TAG = "deepspeed"
+KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where training stands after `step` optimizer steps, and the hash of all sample ids used so far."""
+
+    step: int
+    order_hash: str
+    world_size: int
+    extra: dict[str, Any]
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def save(
+    engine: Engine,
+    storage: Storage,
+    position: Position,
+    world: World,
+    files: dict[str, bytes],
+) -> str:
+    """Writes and commits one checkpoint; collective. `files` are rank 0's own. Returns the checkpoint's digest."""
+    name = folder_name(position.step)
+    scratch = _agree(str(_scratch(storage, name)) if world.leads else None, world)
+    os.makedirs(scratch, exist_ok=True)
+    _barrier(world)
+    engine.save(scratch, TAG)
+    torch.save(random_state(), f"{scratch}/random_rank{world.rank}.pt")
+    if world.leads:
+        for file, data in files.items():
+            Path(scratch, file).write_bytes(data)
+    _barrier(world)
+    digests = _gather(_digest_own(Path(scratch), world), world)
+    digest = ""
+    if world.leads:
+        digest = _commit(storage, name, Path(scratch), position, {k: v for part in digests for k, v in part.items()})
+        _retain(storage)
+    return _agree(digest, world)
+
+
+def newest_valid(storage: Storage) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint that holds, as (name, COMPLETE's content); None when there never was one.
+
+    Raises TrialFailed when checkpoints exist and none holds.
+    """
+    names = [n for n in storage.list(FOLDER) if n.startswith("step_") and ".tmp" not in n]
+    for name in reversed(names):
+        problem, complete = _inspect(storage, name)
+        if not problem:
+            return name, complete
+        log.warning("checkpoint %s/%s/%s does not hold (%s); set aside", storage.root, FOLDER, name, problem)
+    if names:
+        raise TrialFailed(
+            f"none of the {len(names)} checkpoints in {storage.root}/{FOLDER} holds; restore one, "
+            "or delete that folder to train this trial from the start"
+        )
+    return None
+
+
+def load(engine: Engine, storage: Storage, name: str, complete: dict[str, Any], world: World) -> Position:
+    """Puts a checkpoint back on this rank: weights, optimizer shard, generators. Collective."""
+    position = Position(**complete["position"])
+    if position.world_size != world.size:
+        raise TrialFailed(
+            f"checkpoint {storage.root}/{FOLDER}/{name} was written by {position.world_size} ranks, this study asks for "
+            f"{world.size}; set resources.workers: {position.world_size}"
+        )
+    copy: AbstractContextManager[Path] = storage.local_copy(f"{FOLDER}/{name}")
+    with copy as folder:
+        engine.load(str(folder), TAG)
+        restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
+    return position
+
+
+def sweep(storage: Storage) -> None:
+    """Removes what killed writers left; only rank 0, before training."""
+    for name in storage.list(FOLDER):
+        if ".tmp" in name:
+            storage.delete(f"{FOLDER}/{name}")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _scratch(storage: Storage, name: str) -> Path:
+    """A new folder on the target's own file system (so that the commit is a rename), or a temporary one for an object store."""
+    base = storage.local_path / FOLDER if storage.local_path else Path(os.environ.get("TMPDIR", "/tmp"))
+    return base / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
+
+
+def _digest_own(scratch: Path, world: World) -> dict[str, tuple[int, str]]:
+    """Size and digest of every world.size-th file; together the ranks cover all of them, and each is flushed to the disk."""
+    found = {}
+    paths = sorted(path for path in scratch.rglob("*") if path.is_file())
+    for path in paths[world.rank :: world.size]:
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        found[path.relative_to(scratch).as_posix()] = (path.stat().st_size, sha256_of(path))
+    return found
+
+
+def _commit(
+    storage: Storage, name: str, scratch: Path, position: Position, files: dict[str, tuple[int, str]]
+) -> str:
+    body = {"position": position.__dict__, "files": {key: list(value) for key, value in sorted(files.items())}}
+    text = canonical_json(body).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    if storage.local_path is None:
+        storage.put_folder(scratch, f"{FOLDER}/{name}")
+        storage.write(f"{FOLDER}/{name}/{COMPLETE}", text)
+        shutil.rmtree(scratch)
+        return digest
+    write_atomically(scratch / COMPLETE, text)
+    final = storage.local_path / FOLDER / name
+    if final.exists():  # an older attempt got this far; equal bits are no reason to trust it over what was just checked
+        shutil.rmtree(final)
+    os.rename(scratch, final)
+    fsync_folder(final.parent)
+    return digest
+
+
+def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
+    """Why a checkpoint does not hold ("" when it does), and what its COMPLETE says."""
+    raw = storage.read(f"{FOLDER}/{name}/{COMPLETE}")
+    if raw is None:
+        return f"{COMPLETE} is missing", {}
+    try:
+        complete = json.loads(raw)
+        with storage.local_copy(f"{FOLDER}/{name}") as folder:
+            for file, (size, digest) in complete["files"].items():
+                path = folder / file
+                if not path.is_file() or path.stat().st_size != size:
+                    return f"{file} is missing or cut", {}
+                if sha256_of(path) != digest:
+                    return f"{file} has other bytes than were written", {}
+        Position(**complete["position"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{COMPLETE} is damaged ({type(error).__name__})", {}
+    return "", complete
+
+
+def _retain(storage: Storage) -> None:
+    """Keeps the newest KEPT checkpoints; an older one is removed only after the newer is committed."""
+    names = [n for n in storage.list(FOLDER) if n.startswith("step_") and ".tmp" not in n]
+    for name in names[:-KEPT]:
+        storage.delete(f"{FOLDER}/{name}")
+
+
+def _barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def _agree(value: str | None, world: World) -> str:
+    """Rank 0's string on every rank."""
+    box = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0] or ""
+
+
+def _gather(value: dict[str, tuple[int, str]], world: World) -> list[dict[str, tuple[int, str]]]:
+    if world.size == 1:
+        return [value]
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, value)
+    return parts

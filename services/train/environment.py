@@ -1,0 +1,19 @@
+"""What a process must know before torch and DeepSpeed are imported: its threads and its quiet."""
+
+from __future__ import annotations
+
+import os
+
+
+def prepare_process(threads: int, gpus: float) -> None:
+    """Sets environment variables that are read at import time. Call it first in every worker."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if gpus == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def device_of(gpus: float) -> str:
+    """The device of this worker: Ray shows each process only its own GPU, so it is always the first."""
+    return "cuda:0" if gpus > 0 else "cpu"

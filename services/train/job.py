@@ -1,0 +1,79 @@
+"""What a worker is told: everything one trial needs, as plain JSON values that cross any process border.
+
+A job names its trial by content, its study by storage root, and its data by digest; a worker that finds other data than the
+digest says refuses to train (the alternative is a result that nobody can reproduce).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from decay_core.model import ModelConfig
+from decay_core.recipe import Recipe
+
+
+class TrialFailed(RuntimeError):
+    """A trial that would fail the same way again: it is recorded with this one line and not retried in this run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What bears on a result's bits (`workers`, `threads`, `zero_stage`, `micro_batch_size`, `deterministic`), and `gpus` a worker."""
+
+    workers: int
+    threads: int
+    gpus: float
+    zero_stage: int
+    micro_batch_size: int
+    deterministic: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialJob:
+    """One trial of one study. `storage` is the study's root; `data` {spec, digest, cache}; `config`, `recipe`, `resources` as dicts."""
+
+    study: str
+    trial: str
+    name: str
+    seed: int
+    storage: str
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    resources: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model to build."""
+        return ModelConfig.from_dict(self.config)
+
+    @property
+    def training_recipe(self) -> Recipe:
+        """How to train it."""
+        values = dict(self.recipe)
+        values["betas"] = tuple(values["betas"])
+        return Recipe(**values)
+
+    @property
+    def rank_resources(self) -> Resources:
+        """What the ranks have."""
+        return Resources(**self.resources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its peers. `device` is "cpu" or "cuda:<index>"."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0: the one that writes what is written once."""
+        return self.rank == 0

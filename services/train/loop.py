@@ -1,0 +1,268 @@
+"""The training loop of one trial, the same on every rank and behind both backends.
+
+The global batch of a step is a pure function of (seed, step); ranks take slices of it, so the batch does not depend on their
+number. Losses stay on the device and are read every LOG_EVERY steps. Resuming puts back weights, optimizer shards, generators,
+the step log and the hash chain over sample ids; what follows is then equal bit for bit to a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from decay_core.decay_stats import decay_profile
+from decay_core.model import build_model
+from decay_core.recipe import Recipe
+from services.data.order import INITIAL_HASH, SampleOrder, next_hash, shard
+from services.data.token_cache import DataSpec, TokenCache, TokenStream, open_cache, prepare
+from services.study.ledger import Ledger
+from services.study.storage import Storage
+from services.train import checkpoint
+from services.train.engine import Engine, is_finite, one_engine
+from services.train.finish import finish
+from services.train.job import TrialFailed, TrialJob, World
+from services.train.randomness import make_deterministic, seed_rank
+from services.train.step_log import StepLog
+from services.train.telemetry import Telemetry, as_metrics, write_histogram
+
+log = logging.getLogger(__name__)
+LOG_EVERY = 10
+PROFILE_KEYS = ("median", "p25", "p75", "mean", "min", "max")
+PROFILE_TOKENS = 2048  # the paper's decay figures: one forward over 2048 tokens
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What changes from step to step and is carried by checkpoints."""
+
+    step: int = 0
+    order_hash: str = INITIAL_HASH
+    train_seconds: float = 0.0
+    held_out_loss: float | None = None
+    initial_profile: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """One rank of one trial. `run` trains to the end and returns the result as JSON values (rank 0) or an empty dict."""
+
+    def __init__(self, job: TrialJob, world: World, engine: Engine, cache: TokenCache) -> None:
+        self.job, self.world, self.engine, self.cache = job, world, engine, cache
+        self.recipe: Recipe = job.training_recipe
+        self.study_storage = Storage(job.storage)
+        self.storage = self.study_storage.child(f"trials/{job.trial}")
+        self.order = SampleOrder(cache.train.windows(self.recipe.seq_len), job.seed)
+        self.telemetry = Telemetry(job.model_config.size.layers, world)
+        self.progress = Progress()
+        self.log: StepLog | None = None
+        self._pending: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+        self._clock = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Resumes or starts, trains every remaining step, finishes. Collective."""
+        self._resume()
+        self._announce()
+        self._clock = time.monotonic()
+        while self.progress.step < self.recipe.steps:
+            self._step()
+        return finish(self)
+
+    def _resume(self) -> None:
+        found: list[Any] = [None]
+        kept = b""
+        if self.world.leads:
+            checkpoint.sweep(self.storage)
+            found = [_outcome(lambda: checkpoint.newest_valid(self.storage))]
+        self._share(found)
+        if isinstance(found[0], str):
+            raise TrialFailed(found[0])
+        if found[0] is None:
+            self.progress.initial_profile = self.profile()
+        else:
+            name, complete = found[0]
+            position = checkpoint.load(self.engine, self.storage, name, complete, self.world)
+            self.progress = Progress(step=position.step, order_hash=position.order_hash, **position.extra)
+            kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
+        if self.world.leads:
+            self.log = StepLog(self.storage, kept)
+
+    def _announce(self) -> None:
+        """Says in the ledger that an attempt began: where, with which processes, from which step."""
+        who: list[Any] = [f"{socket.gethostname()}:{os.getpid()}"] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(who, f"{socket.gethostname()}:{os.getpid()}")
+        if self.world.leads:
+            details = {"processes": who, "from_step": self.progress.step}
+            Ledger(self.study_storage).append("attempt", self.job.trial, **details)
+
+    def _step(self) -> None:
+        recipe, step = self.recipe, self.progress.step
+        observed = (step + 1) % recipe.telemetry_every == 0 or step == 0
+        if observed:
+            self.telemetry.begin()
+        ids = self.order.ids(step, recipe.batch_size)
+        tokens_bt = self._tokens(self.cache.train, shard(ids, self.world.rank, self.world.size))
+        micro_batches = tokens_bt.chunk(self.engine.accumulate)
+        norm: Any = None
+        losses = []
+        for index, micro in enumerate(micro_batches):
+            watching = observed and index == 0
+            losses.append(self.engine.backward(micro, self.telemetry.observe if watching else None))
+            norm = self.engine.advance(recipe.lr_at(step))
+        self._losses.append(torch.stack(losses).mean())
+        self.progress.step = step + 1
+        self.progress.order_hash = next_hash(self.progress.order_hash, step, ids)
+        self._pending.append({"step": step + 1, "train/learning_rate": recipe.lr_at(step), "train/grad_norm": norm})
+        self._after_step(observed)
+
+    def _after_step(self, observed: bool) -> None:
+        recipe, done = self.recipe, self.progress.step
+        last = done == recipe.steps
+        save = done % recipe.checkpoint_every == 0 or last
+        judge = done % recipe.eval_every == 0 or last
+        if not (save or judge or observed or done % LOG_EVERY == 0):
+            return
+        self._flush_losses()
+        if judge:
+            self.progress.held_out_loss = self.held_out_loss(recipe.eval_sequences)
+            self._pending[-1]["held_out/loss"] = self.progress.held_out_loss
+        if observed:
+            stats = self.telemetry.reduce()
+            self._pending[-1].update(as_metrics(stats))
+            if self.world.leads:
+                write_histogram(self.storage, done, stats)
+        self._check_finite()
+        if self.log is not None:
+            self.log.append(self._pending)
+        self._pending.clear()
+        if save:
+            self._save()
+        self._clock = time.monotonic()
+
+    def _flush_losses(self) -> None:
+        """Reads the losses and norms of the steps since the last flush: the only wait for the device."""
+        losses = torch.stack(self._losses).float()
+        if self.world.size > 1:
+            dist.all_reduce(losses)
+            losses /= self.world.size
+        values = losses.tolist()
+        seconds = time.monotonic() - self._clock
+        self.progress.train_seconds += seconds
+        tokens = self.recipe.batch_size * self.recipe.seq_len * len(values)
+        for record, loss in zip(self._pending, values, strict=True):
+            record["train/loss"] = loss
+            record["train/grad_norm"] = float(record["train/grad_norm"])
+            record["train/tokens_per_second"] = tokens / max(seconds, 1e-9)
+        self._losses.clear()
+
+    def _check_finite(self) -> None:
+        for record in self._pending:
+            for key in ("train/loss", "train/grad_norm"):
+                if not is_finite(record[key]):
+                    raise TrialFailed(
+                        f"{key} is {record[key]} at step {record['step']}; last checkpoint kept; "
+                        "lower recipe.lr or raise precision, under another study name"
+                    )
+
+    def _save(self) -> None:
+        files = {}
+        if self.log is not None:
+            self.log.flush_to_disk()
+            files = {
+                "steps.jsonl": self.log.content(),
+                "deepspeed_config.json": json.dumps(self.engine.config, indent=1).encode(),
+            }
+        progress = self.progress
+        position = checkpoint.Position(
+            step=progress.step,
+            order_hash=progress.order_hash,
+            world_size=self.world.size,
+            extra={
+                "train_seconds": progress.train_seconds,
+                "held_out_loss": progress.held_out_loss,
+                "initial_profile": progress.initial_profile,
+            },
+        )
+        checkpoint.save(self.engine, self.storage, position, self.world, files)
+
+    def held_out_loss(self, sequences: int) -> float:
+        """Mean loss in nats over the first `sequences` held-out windows, shared over the ranks. Collective."""
+        stream = self.cache.held_out
+        total = min(sequences, stream.windows(self.recipe.seq_len))
+        mine = list(range(self.world.rank, total, self.world.size))
+        rounds = -(-total // self.world.size)
+        size = self.job.rank_resources.micro_batch_size
+        summed = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for start in range(0, rounds, size):
+            ids = mine[start : start + size]
+            # a rank that has run out still takes part (ZeRO-3 gathers are collective), with weight 0
+            loss = self.engine.loss(self._tokens(stream, ids or [0]))
+            summed += torch.stack([loss.double() * len(ids), torch.tensor(float(len(ids)), device=self.world.device)])
+        if self.world.size > 1:
+            dist.all_reduce(summed)
+        return float(summed[0] / summed[1])
+
+    def profile(self) -> list[dict[str, float]]:
+        """The paper's decay figure: lambda per layer over the first PROFILE_TOKENS held-out tokens. Collective under ZeRO-3."""
+        stream = self.cache.held_out
+        length = min(PROFILE_TOKENS, stream.n_tokens)
+        tokens_bt = self._tokens(stream, [0], length)
+        with torch.no_grad():
+            rows = decay_profile(self.engine.model, tokens_bt)
+        return [{"layer": row["layer"] + 1} | {key: row[key] for key in PROFILE_KEYS} for row in rows]
+
+    def _tokens(self, stream: TokenStream, ids: list[int], length: int | None = None) -> Tensor:
+        length = length or self.recipe.seq_len
+        rows = [torch.from_numpy(stream.window(index, length)) for index in ids]
+        return torch.stack(rows).to(self.world.device, non_blocking=True)
+
+    def _share(self, box: list[Any]) -> None:
+        if self.world.size > 1:
+            dist.broadcast_object_list(box, 0)
+
+
+def _outcome(call: Any) -> Any:
+    """The value of a call, or the message of its refusal, so that all ranks hear the same."""
+    try:
+        return call()
+    except TrialFailed as refusal:
+        return str(refusal)
+
+
+def open_data(job: TrialJob) -> TokenCache:
+    """The tokens of a job on this node: the shared cache, or the same tokens made again where it cannot be reached.
+
+    Raises TrialFailed when the digest is not the study's.
+    """
+    path = Path(job.data["path"])
+    cache = open_cache(path) if path.exists() else prepare(DataSpec(**job.data["spec"]), path.parent, progress=False)
+    if cache.digest != job.data["digest"]:
+        raise TrialFailed(
+            f"data at {cache.path} has digest {cache.digest[:12]}, the study started with {job.data['digest'][:12]}; "
+            "restore the data"
+        )
+    return cache
+
+
+def train_trial(job: TrialJob, world: World) -> dict[str, Any]:
+    """Trains one trial to its end on this rank; collective over `world`, whose process group must exist.
+
+    Returns the result (rank 0) as JSON values. Raises TrialFailed for what would fail again the same way.
+    """
+    resources = job.rank_resources
+    make_deterministic(resources.threads, resources.deterministic)
+    cache = open_data(job)
+    model = build_model(job.model_config, seed=job.seed)
+    seed_rank(job.seed, world.rank)
+    with one_engine(model, job.training_recipe, resources, world) as engine:
+        return Trainer(job, world, engine, cache).run()

@@ -1,0 +1,187 @@
+"""The chunked scan is the naive scan: same numbers, same gradients, for every decay from 0 to 1 and every shape."""
+
+import pytest
+import torch
+
+from decay_core import kernel_seam  # makes kernels/ importable
+from kernels.decay_scan_chunked import CHUNK, decay_scan_chunked
+from kernels.decay_scan_naive import decay_scan_naive
+from kernels.select_kernel import select_decay_scan
+
+LENGTHS = [0, 1, 2, 15, CHUNK, CHUNK + 1, 64, 65, 127]
+KINDS = ["vector", "scalar"]
+DECAYS = ["mild", "fast", "zero", "one", "mixed", "denormal", "above one"]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the largest entry; fp32 sums of up to 127 terms
+
+
+def log_decays(name, shape, generator):
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    mild = torch.nn.functional.logsigmoid(3 * torch.randn(shape, generator=generator, dtype=torch.float64))
+    levels = torch.tensor([0.0, 1.0, 1e-45, 1e-8, 0.2, 0.999], dtype=torch.float64).log()
+    return {
+        "mild": mild,
+        "fast": -60 * uniform,
+        "zero": torch.full(shape, -torch.inf, dtype=torch.float64),
+        "one": torch.zeros(shape, dtype=torch.float64),
+        "mixed": levels[(6 * uniform).long()],
+        "denormal": torch.full(shape, 1e-45, dtype=torch.float64).log(),
+        "above one": torch.full(shape, 0.002, dtype=torch.float64),
+    }[name]
+
+
+def inputs(kind, decay="mild", batch=2, length=40, heads=3, k=4, v=5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    gate = (batch, length, heads, k) if kind == "vector" else (batch, length, heads)
+    q_k_v = (normal(batch, length, heads, k), normal(batch, length, heads, k), normal(batch, length, heads, v))
+    return *q_k_v, log_decays(decay, gate, generator).to(dtype), normal(batch, heads, k, v)
+
+
+def assert_close(found, wanted, dtype):
+    assert found.shape == wanted.shape and found.dtype == dtype and found.isfinite().all()
+    if wanted.numel():
+        scale = max(1.0, wanted.abs().max().item())
+        assert (found.double() - wanted.double()).abs().max().item() <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunked_equals_naive_in_value_and_gradient(kind, decay, length, dtype):
+    tensors = inputs(kind, decay, length=length, dtype=dtype)
+    weight = torch.linspace(-1, 1, tensors[2].numel(), dtype=dtype).reshape(tensors[2].shape)
+    results = []
+    for scan, cast in ((decay_scan_naive, torch.float64), (decay_scan_chunked, dtype)):
+        leaves = [x.to(cast, copy=True).requires_grad_() for x in tensors]
+        o, state = scan(*leaves, output_final_state=True)
+        ((o * weight).sum() + state.sum()).backward()
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+        results.append([o.detach(), state.detach(), *grads])
+    for found, wanted in zip(results[1], results[0], strict=True):
+        assert_close(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_chunked_scan_equal_finite_differences(kind):
+    leaves = [x.requires_grad_() for x in inputs(kind, batch=1, length=CHUNK + 3, heads=1, k=2, v=3)]
+    assert torch.autograd.gradcheck(lambda *x: decay_scan_chunked(*x, output_final_state=True), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_naive_scan_equal_finite_differences(kind):
+    leaves = [x.requires_grad_() for x in inputs(kind, batch=1, length=4, heads=1, k=2, v=3)]
+    assert torch.autograd.gradcheck(lambda *x: decay_scan_naive(*x, output_final_state=True), leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lambda_zero_is_exact(kind):
+    q, k, v, log_decay, _ = inputs(kind, "zero", length=70)
+    o, state = decay_scan_chunked(q, k, v, log_decay, output_final_state=True)
+    assert torch.equal(o, (q * k).sum(-1, keepdim=True) * v)
+    assert torch.equal(state, k[:, -1, :, :, None] * v[:, -1, :, None, :])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lambda_one_is_plain_linear_attention(kind):
+    q, k, v, log_decay, _ = inputs(kind, "one", length=70)
+    o, _ = decay_scan_chunked(q, k, v, log_decay)
+    scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
+    assert_close(o, torch.einsum("bhts,bshv->bthv", scores, v), torch.float64)
+
+
+@pytest.mark.parametrize("t", [0, 1, 31, 32, 45, 69])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_up_to_t_are_the_same_bits_whatever_follows(kind, t):
+    q, k, v, log_decay, start = inputs(kind, "mixed", length=70, dtype=torch.float32)
+    changed = [x.clone() for x in (q, k, v, log_decay)]
+    for x in changed:
+        x[:, t + 1 :] = -3.5
+    before, after = decay_scan_chunked(q, k, v, log_decay, start)[0], decay_scan_chunked(*changed, start)[0]
+    assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+
+
+@pytest.mark.parametrize("t", [0, 1, 17, 32, 50, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_can_be_handed_over_at_any_token(kind, t):
+    *tensors, start = inputs(kind, length=70)
+    whole, final = decay_scan_chunked(*tensors, start, output_final_state=True)
+    first, middle = decay_scan_chunked(*(x[:, :t] for x in tensors), start, output_final_state=True)
+    second, end = decay_scan_chunked(*(x[:, t:] for x in tensors), middle, output_final_state=True)
+    assert_close(torch.cat([first, second], dim=1), whole, torch.float64)
+    assert_close(end, final, torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shifting_the_chunk_boundaries_changes_nothing(kind):
+    *tensors, _ = inputs(kind, length=50)
+    shifted = [torch.cat([torch.zeros_like(x[:, :13]), x], dim=1) for x in tensors]  # k = 0 and λ = 1 do nothing
+    assert_close(decay_scan_chunked(*shifted)[0][:, 13:], decay_scan_chunked(*tensors)[0], torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_is_linear_in_v(kind):
+    q, k, v, log_decay, _ = inputs(kind, length=50)
+    other = torch.flip(v, [1])
+    separate = 2 * decay_scan_chunked(q, k, v, log_decay)[0] - 3 * decay_scan_chunked(q, k, other, log_decay)[0]
+    assert_close(decay_scan_chunked(q, k, 2 * v - 3 * other, log_decay)[0], separate, torch.float64)
+
+
+@pytest.mark.parametrize("scan", [decay_scan_naive, decay_scan_chunked])
+@pytest.mark.parametrize("length", [0, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batch_gives_empty_results_and_gradients(kind, length, scan):
+    leaves = [x.requires_grad_() for x in inputs(kind, batch=0, length=length)]
+    o, state = scan(*leaves, output_final_state=True)
+    assert o.shape == (0, length, 3, 5) and state.shape == (0, 3, 4, 5)
+    (o.sum() + state.sum()).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_layout_of_the_inputs_does_not_matter(kind):
+    tensors = inputs(kind, length=40)
+    strange = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:4]]
+    strange[3] = strange[3].repeat_interleave(2, dim=1)[:, ::2]
+    assert not any(x.is_contiguous() for x in strange)
+    assert torch.equal(decay_scan_chunked(*strange)[0], decay_scan_chunked(*tensors[:4])[0])
+
+
+@pytest.mark.parametrize("scan", [decay_scan_naive, decay_scan_chunked])
+def test_half_precision_inputs_are_computed_in_fp32(scan):
+    *tensors, _ = inputs("vector", dtype=torch.float32)
+    rounded = [x.bfloat16() for x in tensors[:3]]
+    o, state = scan(*rounded, tensors[3], output_final_state=True)
+    assert o.dtype == state.dtype == torch.float32
+    assert torch.equal(o, scan(*(x.float() for x in rounded), tensors[3])[0])
+
+
+def test_seam_ignores_autocast():
+    *tensors, _ = inputs("vector", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, _ = kernel_seam.decay_scan(*tensors)
+    assert torch.equal(o, decay_scan_chunked(*tensors)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_inputs_give_the_same_bits(kind):
+    results = []
+    for _ in range(2):
+        leaves = [x.requires_grad_() for x in inputs(kind, dtype=torch.float32)]
+        o, _ = decay_scan_chunked(*leaves)
+        results.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_environment_variable_chooses_the_scan_and_a_wrong_one_is_refused(monkeypatch):
+    *tensors, _ = inputs("vector")
+    q, _, v, log_decay = tensors
+    assert select_decay_scan(q, v, log_decay).name == "chunked"
+    assert "vector decay, K=4, V=5" in str(select_decay_scan(q, v, log_decay))
+    monkeypatch.setenv("DECAY_KERNEL", "naive")
+    assert select_decay_scan(q, v, log_decay).scan is decay_scan_naive
+    monkeypatch.setenv("DECAY_KERNEL", "magic")
+    with pytest.raises(ValueError, match="DECAY_KERNEL=magic: unknown decay scan; set it to one of naive, chunked"):
+        kernel_seam.decay_scan(*tensors)
