@@ -12,14 +12,14 @@ import difflib
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from decay_core import decays, positions
 
 Form = Literal["as_published", "as_run"]
 FORMS: tuple[Form, ...] = ("as_published", "as_run")
 GRANULARITIES = ("vector", "scalar")
-SUGGESTED_P = 0.99  # the starting value of simple decay with the lowest loss in the paper's Table 8
+SUGGESTED_P = 0.99  # a start with long memory that the paper runs for simple decay (Table 8)
 
 # What it costs to give up what was asked for, when looking for the nearest valid point: the position encoding last.
 _COST = {"p": 0.5, "granularity": 1.0, "form": 1.5, "share": 2.0, "position": 3.0}
@@ -37,6 +37,10 @@ class Refusal(ValueError):
         return f"{self.reason}; nearest valid point: {self.nearest}" if self.nearest else self.reason
 
 
+class Misspelt(Refusal):
+    """A word that no axis knows, or a `p` that is missing, superfluous or out of range: an error, not a finding."""
+
+
 @dataclass(frozen=True, kw_only=True, order=True)
 class DesignPoint:
     """One choice of decay, its starting value `p` where it takes one, granularity, key sharing, position and form."""
@@ -49,7 +53,10 @@ class DesignPoint:
     form: Form = "as_published"
 
     def check(self) -> None:
-        """Raises Refusal, with the reason and the nearest valid point, unless the point can be built."""
+        """Raises Refusal, with the reason and the nearest valid point, unless the point can be built.
+
+        The Refusal is a Misspelt where the point is not well written, whatever the other axes say.
+        """
         for word, known, what in (
             (self.decay, decays.names(), "decay"),
             (self.position, positions.names(), "position"),
@@ -57,10 +64,11 @@ class DesignPoint:
             (self.form, FORMS, "form"),
         ):
             _check_known(word, tuple(known), what)
-        reason = self._reason()
+        wrong_p = self._wrong_p()
+        reason = wrong_p or self._reason()
         if reason is not None:
             nearest = self._nearest()
-            raise Refusal(reason, nearest.name if nearest else None)
+            raise (Misspelt if wrong_p else Refusal)(reason, nearest.name if nearest else None)
 
     @property
     def name(self) -> str:
@@ -85,8 +93,8 @@ class DesignPoint:
             raise ValueError("design point: the key 'decay' is missing")
         return cls(**values)
 
-    def _reason(self) -> str | None:
-        """Why the point is refused; None when it is valid. All its words are known."""
+    def _wrong_p(self) -> str | None:
+        """What is wrong with `p`, whatever the other axes; None when it is right."""
         decay = decays.get(self.decay)
         if decay.takes_p and self.p is None:
             return f"{self.decay} needs its starting value p"
@@ -94,6 +102,11 @@ class DesignPoint:
             return f"{self.decay} takes no p (given {self.p:g})"
         if self.p is not None and not 0 < self.p < 1:
             return f"p must lie strictly between 0 and 1, given {self.p:g}"
+        return None
+
+    def _reason(self) -> str | None:
+        """Why a well-written point is refused; None when it is valid."""
+        decay = decays.get(self.decay)
         if self.granularity not in decay.granularities:
             return f"{self.decay} has no {self.granularity} form, only {' and '.join(decay.granularities)}"
         if self.share and self.granularity != "vector":
@@ -118,15 +131,9 @@ class DesignPoint:
         return sum(cost for axis, cost in _COST.items() if getattr(self, axis) != getattr(other, axis))
 
 
-def as_form(word: str) -> Form:
-    """Returns `word` as a form; raises Refusal on an unknown one."""
-    _check_known(word, FORMS, "form")
-    return cast(Form, word)
-
-
 def _check_known(word: str, known: tuple[str, ...], what: str) -> None:
     if word in known:
         return
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     guess = f" (did you mean {close[0]}?)" if close else ""
-    raise Refusal(f"unknown {what} {word!r}{guess}; known: {', '.join(known)}")
+    raise Misspelt(f"unknown {what} {word!r}{guess}; known: {', '.join(known)}")

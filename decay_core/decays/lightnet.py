@@ -25,11 +25,10 @@ class LightNet(Decay):
         return F.logsigmoid(_log_total_before(f) - f)
 
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
-        before = _log_total_before(f)
-        if self.place.point.form == "as_run":
-            previous = torch.cat([torch.zeros_like(f[:, :1]), f[:, :-1]], dim=1)
-            return torch.exp(previous - before + log_decay)  # z_t = z_{t-1} - log λ_t
-        return torch.sigmoid(f - before)
+        if self.place.point.form == "as_published":
+            return super().shared_key(f, log_decay, joint)
+        previous = torch.cat([torch.zeros_like(f[:, :1]), f[:, :-1]], dim=1)
+        return torch.exp(previous - _log_total_before(f) + log_decay)  # z_t = z_{t-1} - log λ_t
 
 
 def _log_total_before(f: Tensor) -> Tensor:

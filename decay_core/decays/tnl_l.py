@@ -34,4 +34,5 @@ class LearnedTransNormer(Decay):
 
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         theta = self.theta.to(f.dtype)
-        return theta if self.place.point.form == "as_run" else theta.clamp(max=0.0)
+        # A copy, not the parameter itself: ZeRO-3 takes the parameter's memory away when this forward ends.
+        return theta.clone() if self.place.point.form == "as_run" else theta.clamp(max=0.0)

@@ -90,13 +90,16 @@ def run_study(study: Study, options: Options) -> Exit:
     uri = tracking_uri(study)
     check_reachable(uri)
     ledger = Ledger(storage)
-    missing = [t for t in plan.trials if ledger.states([t.id])[t.id].state != "finished"]
+    states = ledger.states(trial.id for trial in plan.trials)
     try:
-        at_once = _capacity(plan, uri, options) if missing else 0
+        idle = all(state.state == "finished" for state in states.values())
+        at_once = 0 if idle else _capacity(plan, uri, options)
+        cache = prepare(data_spec(study), data_cache_root(study), workers=study.data.workers)
+        next_manifest(old, plan, data_record(cache))  # refuses other data before the lease writes anything
         lease = take(storage)
         try:
             run = _Run(plan=plan, storage=storage, ledger=ledger, lease=lease, uri=uri, options=options)
-            return run.go(old, at_once)
+            return run.go(cache, at_once)
         finally:
             lease.release()
     finally:
@@ -124,21 +127,25 @@ class _Run:
     uri: str
     options: Options
 
-    def go(self, old: Manifest | None, at_once: int) -> Exit:
+    def go(self, cache: TokenCache, at_once: int) -> Exit:
         say, study = self.options.say, self.plan.study
-        cache = prepare(data_spec(study), data_cache_root(study), workers=study.data.workers)
+        old = read_manifest(self.storage)  # again, under the lease: another driver may have been here since
+        if old is not None:
+            check_unchanged(old, self.plan)
         manifest = next_manifest(old, self.plan, data_record(cache))
         root = Storage(study.storage).local_path
         # a server keeps artifacts where it was told to; a database on this machine keeps them beside the studies
         local_store = root is not None and not self.uri.startswith("http")
         tracker = Tracker(self.uri, root / "mlflow-artifacts" if local_store and root else None)
         tracker.open_study(study.name, study.question)
-        manifest = replace(manifest, tracking={"uri": self.uri, "parent": tracker.parent})
-        write_manifest(self.storage, manifest)
         courier = Courier(tracker, self.storage, manifest.started_ms, say)
+        runs = {}
         for trial in self.plan.trials:
             run_id = tracker.open_trial(trial.id, trial.name, params_of(trial, self.plan), manifest.data)
             courier.add(trial.id, trial.name, run_id, trial.recipe.steps)
+            runs[trial.id] = run_id
+        manifest = replace(manifest, tracking={"uri": self.uri, "parent": tracker.parent, "runs": runs})
+        write_manifest(self.storage, manifest)
         self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid())
         self._collect(courier)
         missing = self._missing()
@@ -264,7 +271,8 @@ def data_record(cache: TokenCache) -> dict[str, Any]:
     return {
         "digest": cache.digest,
         "path": str(cache.path),
-        "source": str(manifest["source"]),
+        "source": str(manifest["source"]["name"]),
+        "description": str(manifest["source"]["description"]),
         "spec": manifest["spec"],
         "unigram_entropy_nats": manifest["unigram_entropy_nats"],
         "held_out_tokens": cache.held_out.n_tokens,

@@ -27,7 +27,7 @@ def report_study(study: Study, console: Console) -> None:
     if manifest is None:
         raise StudyError(f"study {study.name!r} has not started in {study.storage}; start it with decay run")
     plan = make_plan(study)
-    results = _results(plan, storage)
+    results = _results(plan, storage, manifest)
     summary = _summary(plan, storage, manifest, results)
     uri = tracking_uri(study)
     if results:
@@ -50,12 +50,14 @@ def how_to_open(uri: str) -> str:
     return f"compare the runs in MLflow: {uri}"
 
 
-def _results(plan: Plan, storage: Storage) -> list[TrialResult]:
+def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResult]:
     found = []
+    runs = manifest.tracking.get("runs", {})
     for trial in plan.trials:
         raw = storage.read(f"trials/{trial.id}/result.json")
         if raw is not None:
-            found.append(TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json"))
+            result = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json")
+            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id)}))
     return found
 
 
@@ -68,7 +70,7 @@ def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[Tri
     return StudySummary(
         name=plan.study.name,
         question=plan.study.question.strip(),
-        data=f"{manifest.data['source']} (digest {manifest.data['digest'][:12]})",
+        data=f"{manifest.data['source']}: {manifest.data['description']} (digest {manifest.data['digest'][:12]})",
         tokenizer=plan.study.data.tokenizer,
         held_out_tokens=manifest.data["held_out_tokens"],
         unigram_entropy=manifest.data["unigram_entropy_nats"],

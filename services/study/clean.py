@@ -1,16 +1,17 @@
 """Frees checkpoints: those of finished trials first, then the oldest ones until a quota is met. Results and weights stay.
 
-A trial that is not finished keeps its newest checkpoint whatever the quota: removing it would throw away work that `decay run`
-would have to do again.
+A trial that is not finished keeps its newest complete checkpoint whatever the quota: removing it would throw away work that
+`decay run` would have to do again. What a killed writer left is not complete, though it may be newer.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 from services.study.file import StudyError
-from services.study.ledger import Ledger
 from services.study.lease import take
+from services.study.ledger import Ledger
 from services.study.manifest import read_manifest
 from services.study.storage import Storage
 
@@ -21,9 +22,10 @@ UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, 
 def parse_size(text: str) -> int:
     """Bytes of "20GiB", "500 MB" or "1048576". Raises StudyError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
+    size = float(match[1]) * UNITS.get(match[2].upper(), math.nan) if match else math.nan
+    if not math.isfinite(size):
         raise StudyError(f"quota {text!r} is no size; write one such as 20GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(size)
 
 
 def clean_checkpoints(storage: Storage, quota: str | None, dry_run: bool) -> list[str]:
@@ -63,11 +65,16 @@ def _of_finished(storage: Storage, trials: dict[str, str]) -> list[str]:
 
 def _over_quota(storage: Storage, trials: dict[str, str], limit: int, already: list[str]) -> list[str]:
     left = {name: storage.size(name) for trial in trials for name in _checkpoints(storage, trial) if name not in already}
-    spare = [name for trial in trials for name in _checkpoints(storage, trial)[:-1] if name in left]
+    spare = left.keys() - {_newest_complete(storage, trial) for trial in trials}
     total, chosen = sum(left.values()), []
-    for name in sorted(spare, key=lambda name: name.rsplit("/", 1)[-1]):
+    for name in sorted(spare, key=lambda name: (name.rsplit("/", 1)[-1], name)):
         if total <= limit:
             break
         chosen.append(name)
         total -= left[name]
     return chosen
+
+
+def _newest_complete(storage: Storage, trial: str) -> str | None:
+    whole = [name for name in _checkpoints(storage, trial) if ".tmp" not in name and storage.exists(f"{name}/COMPLETE.json")]
+    return max(whole, default=None)

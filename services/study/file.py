@@ -8,35 +8,72 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from decay_core.recipe import Recipe
 from decay_core.sizes import SIZES
+
+LARGEST_INTEGER = 2**63 - 1  # what every reader of a manifest can hold
+SEEDS = 2**31  # below this, seed times ranks stays within what torch takes
+CORRECT = "correct it in the file"
 
 
 class StudyError(ValueError):
     """A study that cannot be run as written: one line with what, where and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, raw: Any) -> Any:
+        """Refuses what pydantic would take for a number: true for 1, and integers that no file format holds."""
+        for key, value in raw.items() if isinstance(raw, dict) else ():
+            field = cls.model_fields.get(key)
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, bool) and field is not None and not _mentions(field.annotation, bool):
+                    raise ValueError(f"{key} takes no {str(item).lower()}; {CORRECT}")
+                if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
+                    raise ValueError(f"{key} is larger than {LARGEST_INTEGER}; {CORRECT}")
+        return raw
 
 
-DecayChoice = str | dict[str, float | list[float]]
+def _mentions(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_mentions(part, kind) for part in get_args(annotation))
+
+
+Value = TypeVar("Value")
+OneOrMore: TypeAlias = Value | Annotated[list[Value], Field(min_length=1)]
+DecayChoice: TypeAlias = str | Annotated[dict[str, OneOrMore[float]], Field(min_length=1)]
 
 
 class Grid(_Strict):
     """One block of the design space: the product of its axes. A decay that takes p is written `{simple_decay: [0.9, 0.99]}`."""
 
-    decay: DecayChoice | list[DecayChoice]
-    granularity: str | list[str] = "vector"
-    share: bool | list[bool] = False
-    position: str | list[str] = "none"
-    form: str | list[str] = "as_published"
+    decay: OneOrMore[DecayChoice]
+    granularity: OneOrMore[str] = "vector"
+    share: OneOrMore[bool] = False
+    position: OneOrMore[str] = "none"
+    form: OneOrMore[str] = "as_published"
 
 
 class Data(_Strict):
@@ -49,6 +86,13 @@ class Data(_Strict):
     text_field: str = "text"
     max_documents: int | None = Field(None, gt=0)
     workers: int = Field(1, ge=1)
+
+    @field_validator("held_out_percent")
+    @classmethod
+    def _percent_in_hundredths(cls, percent: float | None) -> float | None:
+        if percent is not None and abs(100 * percent - round(100 * percent)) > 1e-6:
+            raise ValueError(f"{percent} is not in steps of 0.01, the split's finest; round it")
+        return percent
 
 
 class Model(_Strict):
@@ -90,7 +134,7 @@ class Tracking(_Strict):
 _hints = get_type_hints(Recipe)
 RecipeFields = create_model(
     "RecipeFields",
-    __config__=ConfigDict(extra="forbid", frozen=True),
+    __base__=_Strict,
     **{
         field.name: (_hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
         for field in dataclasses.fields(Recipe)
@@ -101,18 +145,24 @@ RecipeFields = create_model(
 class Study(_Strict):
     """A whole study file."""
 
+    _file: str = PrivateAttr("")
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     question: str
     space: list[Grid] = Field(min_length=1)
     sizes: list[str] = Field(min_length=1)
-    seeds: list[int] = Field([42], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=SEEDS)]] = Field([42], min_length=1)
     recipe: RecipeFields  # type: ignore[valid-type]
     model: Model = Model()
     data: Data = Data()  # type: ignore[call-arg]
     budget: Budget = Budget()  # type: ignore[call-arg]
     resources: Resources = Resources()  # type: ignore[call-arg]
-    storage: str = "runs"
+    storage: str = Field("runs", min_length=1)
     tracking: Tracking = Tracking()  # type: ignore[call-arg]
+
+    @property
+    def where(self) -> str:
+        """How an error names this study: its file where it came from one."""
+        return f"study file {self._file}" if self._file else f"study {self.name!r}"
 
     @field_validator("sizes")
     @classmethod
@@ -137,11 +187,14 @@ class _NoDuplicates(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(key, list | dict):
-                raise StudyError(f"line {key_node.start_mark.line + 1}: a key must be a word")
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise StudyError(f"line {line}: merging with << is not understood here; write the keys out")
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise StudyError(f"line {line}: key {_shown(key)} is no word; put it in quotes or {CORRECT}")
             if key in seen:
-                raise StudyError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice; keep one")
+                raise StudyError(f"line {line}: key {_shown(key)} stands twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -153,37 +206,78 @@ def read_study(path: str | Path, storage: str | None = None) -> Study:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"study file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    try:
-        raw = yaml.load(text, _NoDuplicates)
-    except StudyError as error:
-        raise StudyError(f"study file {path}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StudyError(f"study file {path} is not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise StudyError(f"study file {path}: {error.strerror}; give the path of a study file") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"study file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    raw = _parse(text, path)
     if not isinstance(raw, dict):
-        raise StudyError(f"study file {path}: expected keys such as name, space, sizes, recipe; found {type(raw).__name__}")
+        raise StudyError(f"study file {path} has no keys; write at least name, question, space, sizes and recipe")
     if storage is not None:
         raw["storage"] = storage
     try:
-        return Study.model_validate(raw)
+        study = Study.model_validate(raw)
     except ValidationError as error:
-        raise StudyError(f"study file {path}: {_first_problem(error)}") from error
+        raise StudyError(f"study file {path}: {_first_problem(error, raw)}") from error
+    study._file = str(path)
+    return study
 
 
-def _first_problem(error: ValidationError) -> str:
+def _parse(text: str, path: str | Path) -> Any:
+    try:
+        return yaml.load(text, _NoDuplicates)
+    except StudyError as error:
+        raise StudyError(f"study file {path}: {error}") from error
+    except Exception as error:  # beside YAMLError, a tag on the wrong value makes PyYAML raise whatever its parsing met
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise StudyError(f"study file {path} is no YAML that can be read: {line}{problem}; {CORRECT}") from error
+
+
+def _first_problem(error: ValidationError, raw: dict[str, Any]) -> str:
     """The first of pydantic's findings as one line, with the nearest known key for a misspelt one."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    problem, place = _deepest(error, raw)
+    where = ".".join(place)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
     if problem["type"] == "missing":
-        return f"key {where!r} is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}"
+        return f"key {'.'.join([*place, str(problem['loc'][-1])])!r} is missing; add it"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['msg'].removeprefix('Value error, ').removeprefix(f'{where}: ')}"
+    return f"{where}: {problem['msg']}, given {_shown(problem['input'])}; {CORRECT}"
+
+
+def _deepest(error: ValidationError, raw: dict[str, Any]) -> tuple[ErrorDetails, list[str]]:
+    """The first finding and where it is in the file; of a value's alternatives, the one that matched the furthest."""
+    found = [(problem, _place(problem["loc"], raw)) for problem in error.errors()]
+    first = found[0][1]
+    return max((pair for pair in found if pair[1][: len(first)] == first), key=lambda pair: len(pair[1]))
+
+
+def _place(location: tuple[int | str, ...], raw: Any) -> list[str]:
+    """The parts of pydantic's location that the file itself has; the rest names types."""
+    place: list[str] = []
+    for part in location:
+        if (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int)):
+            raw = raw[part]
+        else:
+            continue
+        place.append(str(part))
+    return place
+
+
+def _shown(value: Any) -> str:
+    """A value, cut to a few words: an alias can make a short file spell a value of any length."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict, short.maxother = 2, 3, 3, 60
+    try:
+        return short.repr(value)
+    except ValueError:  # Python spells no integer of more than 4300 digits
+        return "a huge number"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from services.study.storage import Storage, canonical_json
 
 EXPIRY_S = 60.0
 RENEW_S = 10.0
 SETTLE_S = 1.0
+FUTURE_S = 86_400.0  # clocks of two hosts differ by less; a time further ahead was not written by a driver
+LOCK_S = 30.0
 NAME = "lease.json"
 
 
@@ -44,16 +47,18 @@ class Lease:
         """Says that this driver lives; cheap to call often. Raises LeaseHeld when somebody else took over."""
         if time.monotonic() - self._renewed < RENEW_S:
             return
-        held = _read(self._storage)
-        if held is None or held.get("token") != self._token:
-            raise LeaseHeld("this driver was taken for dead and another took over the study; stopping")
-        self._write()
+        with _critical_section(self._storage):
+            held = _read(self._storage)
+            if held is None or held.get("token") != self._token:
+                raise LeaseHeld("this driver was taken for dead and another took over the study; stopping")
+            self._write()
 
     def release(self) -> None:
         """Gives the lease back, unless it is another driver's by now."""
-        held = _read(self._storage)
-        if held is not None and held.get("token") == self._token:
-            self._storage.delete(NAME)
+        with _critical_section(self._storage):
+            held = _read(self._storage)
+            if held is not None and held.get("token") == self._token:
+                self._storage.delete(NAME)
 
     def _write(self) -> None:
         process = psutil.Process()
@@ -74,10 +79,9 @@ def take(storage: Storage) -> Lease:
     with _critical_section(storage):
         held = _read(storage)
         if held is not None and _alive(held):
-            age = time.time() - float(held.get("renewed", 0))
             raise LeaseHeld(
                 f"study at {storage.root} is being run by process {held.get('pid')} on {held.get('host')} "
-                f"(heard of {age:.0f} s ago); wait for it, or stop it and run again"
+                f"(heard of {_age(held):.0f} s ago); wait for it, or stop it and run again"
             )
         lease._write()
     if storage.local_path is None:
@@ -106,9 +110,15 @@ def _alive(held: dict[str, Any]) -> bool:
             process = psutil.Process(int(held["pid"]))
             same = abs(process.create_time() - float(held["process_started"])) < 1.0
             return same and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.NoSuchProcess, KeyError, ValueError):
+        except (psutil.NoSuchProcess, KeyError, ValueError, TypeError, OverflowError):
             return False
-    return time.time() - float(held.get("renewed", 0)) < EXPIRY_S
+    return -FUTURE_S < _age(held) < EXPIRY_S
+
+
+def _age(held: dict[str, Any]) -> float:
+    """Seconds since the holder was heard of; for ever where the file does not say."""
+    renewed = held.get("renewed")
+    return time.time() - renewed if isinstance(renewed, int | float) else math.inf
 
 
 @contextlib.contextmanager
@@ -118,5 +128,10 @@ def _critical_section(storage: Storage) -> Iterator[None]:
         return
     folder: Path = storage.local_path
     os.makedirs(folder, exist_ok=True)
-    with FileLock(folder / ".lease.lock", timeout=30):
-        yield
+    try:
+        with FileLock(folder / ".lease.lock", timeout=LOCK_S):
+            yield
+    except Timeout as error:
+        raise LeaseHeld(
+            f"{folder}/.lease.lock has been held for {LOCK_S:.0f} s; another driver is starting or hangs: stop it, or run again"
+        ) from error

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from services.study.storage import Storage, StorageError, canonical_json
 
@@ -57,12 +57,11 @@ class Ledger:
     def events(self) -> list[Event]:
         """All events, oldest first. Raises StorageError naming a file that is not an event (cut or edited)."""
         for name in self._storage.list(FOLDER):
-            if name.startswith(".") or name in self._seen:
+            if name in self._seen:
                 continue
             raw = self._storage.read(f"{FOLDER}/{name}")
             try:
-                body = json.loads(raw or b"")
-                self._seen[name] = Event(**body)
+                self._seen[name] = _parse(raw or b"")
             except (ValueError, TypeError) as error:
                 raise StorageError(
                     f"ledger event {self._storage.root}/{FOLDER}/{name} is damaged ({error}); "
@@ -79,6 +78,15 @@ class Ledger:
                 continue
             states[event.trial] = _next_state(old, event)
         return states
+
+
+def _parse(raw: bytes) -> Event:
+    event = Event(**json.loads(raw))
+    if event.kind not in get_args(Kind):
+        raise ValueError(f"no such kind: {event.kind!r}")
+    if not (isinstance(event.trial, str) and isinstance(event.time_ns, int) and isinstance(event.details, dict)):
+        raise TypeError("a field of another type")
+    return event
 
 
 def _next_state(old: TrialState, event: Event) -> TrialState:

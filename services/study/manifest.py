@@ -46,11 +46,21 @@ def read_manifest(storage: Storage) -> Manifest | None:
             )
         return None
     try:
-        return Manifest(**json.loads(raw))
-    except (ValueError, TypeError) as error:
+        manifest = Manifest(**json.loads(raw))
+        _check_kinds(manifest)
+    except (ValueError, TypeError, RecursionError) as error:
         raise StudyError(
-            f"{storage.root}/{NAME} is damaged ({type(error).__name__}); restore it, or move the folder away to start over"
+            f"{storage.root}/{NAME} is damaged ({error}); restore it, or move the folder away to start over"
         ) from error
+    return manifest
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    for key, kind in (("study", dict), ("trials", dict), ("data", dict), ("started_ms", int), ("tracking", dict)):
+        if not isinstance(getattr(manifest, key), kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+    if not isinstance(manifest.data.get("digest"), str):
+        raise TypeError("data has no digest")
 
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from decay_core.design import DesignPoint, Refusal
+from decay_core.design import DesignPoint, Misspelt, Refusal
 from decay_core.model import ModelConfig, count_parameters
 from decay_core.recipe import Recipe
 from decay_core.sizes import get_size
@@ -28,6 +29,7 @@ GPU_GFLOPS = 240_000.0
 WARM_BELOW_S = 900.0
 BYTES_PER_PARAMETER_TRAINED = 16  # fp32 weight, gradient and two Adam moments
 BYTES_PER_PARAMETER_SAVED = 12  # fp32 weight and two Adam moments
+SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20  # as services/data/tokenizers.py trains them; a test holds the two together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +96,27 @@ def vocabulary(tokenizer: str) -> int:
     """Entries of a tokenizer known by name: gpt2, or bpe-N trained on the corpus. Raises StudyError."""
     if tokenizer == "gpt2":
         return 50257
-    kind, _, entries = tokenizer.partition("-")
-    if kind == "bpe" and entries.isdigit() and int(entries) >= 257:
-        return int(entries)
-    raise StudyError(f"data.tokenizer: unknown {tokenizer!r}; use gpt2 or bpe-N with N of at least 257, such as bpe-2048")
+    match = re.fullmatch("bpe-([1-9][0-9]{2,6})", tokenizer)
+    if match is not None and SMALLEST_BPE <= int(match[1]) <= LARGEST_BPE:
+        return int(match[1])
+    raise StudyError(
+        f"data.tokenizer: unknown {tokenizer!r}; use gpt2, or bpe-N with N from {SMALLEST_BPE} to {LARGEST_BPE}, "
+        "such as bpe-2048"
+    )
 
 
 def cells(study: Study) -> list[Cell]:
-    """Every distinct cell of the study's space, in file order. Raises StudyError when a block has no valid cell."""
+    """Every distinct cell of the study's space, in file order.
+
+    Raises StudyError for a misspelt cell, however many others of its block are valid, and for a block with no valid cell.
+    """
     found: dict[DesignPoint, Cell] = {}
     for index, grid in enumerate(study.space):
-        block = [_judge(point) for point in _product(grid)]
-        if not block:
-            raise StudyError(f"space.{index} is empty: give every axis at least one value")
+        block = [_judge(point, index) for point in _product(grid)]
         if all(cell.reason for cell in block):
             first = block[0]
-            nearest = f"; nearest valid: {first.nearest}" if first.nearest else ""
-            raise StudyError(f"space.{index} has no valid point: {_as_written(first.point)}: {first.reason}{nearest}")
+            nearest = f"nearest valid: {first.nearest}" if first.nearest else "change one of its axes"
+            raise StudyError(f"space.{index} has no valid point: {_as_written(first.point)}: {first.reason}; {nearest}")
         found.update((cell.point, cell) for cell in block)
     return list(found.values())
 
@@ -119,9 +125,11 @@ def _as_written(point: DesignPoint) -> str:
     return ", ".join(f"{key}={value}" for key, value in point.to_dict().items() if value is not None)
 
 
-def _judge(point: DesignPoint) -> Cell:
+def _judge(point: DesignPoint, block: int) -> Cell:
     try:
         point.check()
+    except Misspelt as error:
+        raise StudyError(f"space.{block}: {error}") from error
     except Refusal as refusal:
         return Cell(point=point, reason=refusal.reason, nearest=str(refusal.nearest or ""))
     return Cell(point=point)
@@ -129,9 +137,9 @@ def _judge(point: DesignPoint) -> Cell:
 
 def _product(grid: Grid) -> list[DesignPoint]:
     axes = (grid.granularity, grid.share, grid.position, grid.form)
-    lists = [list(axis) if isinstance(axis, list) else [axis] for axis in axes]
+    lists: list[list[Any]] = [list(axis) if isinstance(axis, list) else [axis] for axis in axes]
     return [
-        DesignPoint(decay=decay, p=p, granularity=granularity, share=share, position=position, form=form)  # type: ignore[arg-type]
+        DesignPoint(decay=decay, p=p, granularity=granularity, share=share, position=position, form=form)
         for (decay, p), granularity, share, position, form in itertools.product(_decays(grid.decay), *lists)
     ]
 
@@ -149,8 +157,16 @@ def _decays(choice: DecayChoice | list[DecayChoice]) -> list[tuple[str, float | 
 def make_plan(study: Study, measured_gflops: float | None = None) -> Plan:
     """Resolves a study into trials; `measured_gflops` per worker, from finished trials, replaces the assumed rate.
 
-    Raises StudyError for an empty space, a batch the ranks cannot share, and a budget that is exceeded.
+    Raises StudyError for a space that is misspelt or has a block without a valid cell, an unknown tokenizer, a batch the
+    ranks cannot share, and a budget that is exceeded.
     """
+    try:
+        return _resolve(study, measured_gflops)
+    except StudyError as error:
+        raise StudyError(f"{study.where}: {error}") from error
+
+
+def _resolve(study: Study, measured_gflops: float | None) -> Plan:
     judged = cells(study)
     _check_batch(study)
     trials = tuple(

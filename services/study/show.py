@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from services.study.file import Study
@@ -18,7 +19,7 @@ from services.study.storage import Storage
 def show_plan(study: Study, console: Console) -> Plan:
     """Prints the plan of a study; returns it. Writes nothing. Raises StudyError as `make_plan` does."""
     plan = make_plan(study)
-    table = Table(title=f"plan of {study.name}: {study.question.strip()}", title_justify="left")
+    table = Table(title=escape(f"plan of {study.name}: {study.question.strip()}"), title_justify="left")
     for name, justify in (("trial", "left"), ("id", "left"), ("parameters", "right"), ("tokens", "right"),
                           ("PFLOP", "right"), ("about", "right")):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -44,7 +45,7 @@ def show_plan(study: Study, console: Console) -> Plan:
         for column in ("point", "reason", "nearest valid point"):
             refused.add_column(column)
         for cell in plan.refused:
-            refused.add_row(cell.point.name, cell.reason, cell.nearest)
+            refused.add_row(cell.point.name, escape(cell.reason), cell.nearest)
         console.print(refused)
     return plan
 
@@ -62,13 +63,13 @@ def show_status(study: Study, storage: Storage, console: Console) -> None:
     plan = make_plan(study)
     started = read_manifest(storage) is not None
     states = Ledger(storage).states(trial.id for trial in plan.trials)
-    table = Table(title=f"{study.name} in {storage.root}" + ("" if started else " (not started)"), title_justify="left")
+    table = Table(title=escape(f"{study.name} in {storage.root}{'' if started else ' (not started)'}"), title_justify="left")
     for column in ("trial", "id", "state", "attempts", "step", "loss", "note"):
         table.add_column(column, no_wrap=column != "note")
     for trial in plan.trials:
         state = states[trial.id]
         last = last_record(storage, trial.id)
-        loss = f"{last['train/loss']:.4f}" if last else ""
+        loss = f"{last['train/loss']:.4f}" if "train/loss" in last else ""
         table.add_row(
             trial.name,
             trial.id,
@@ -76,7 +77,7 @@ def show_status(study: Study, storage: Storage, console: Console) -> None:
             str(state.attempts),
             f"{last.get('step', 0)}/{trial.recipe.steps}",
             loss,
-            state.reason or ("" if state.tracked or state.state != "finished" else "not in MLflow yet: run again"),
+            escape(state.reason) or ("" if state.tracked or state.state != "finished" else "not in MLflow yet: run again"),
         )
     console.print(table)
     finished = sum(state.state == "finished" for state in states.values())
@@ -84,10 +85,13 @@ def show_status(study: Study, storage: Storage, console: Console) -> None:
 
 
 def last_record(storage: Storage, trial: str) -> dict[str, Any]:
-    """The last whole line of a trial's step log; empty when there is none."""
+    """The last whole line of a trial's step log; empty when there is none or it is damaged."""
     data = storage.read(f"trials/{trial}/steps.jsonl") or b""
     lines = data[: data.rfind(b"\n") + 1].splitlines()
-    return dict(json.loads(lines[-1])) if lines else {}
+    try:
+        return dict(json.loads(lines[-1])) if lines else {}
+    except (ValueError, TypeError):
+        return {}
 
 
 def duration(seconds: float) -> str:

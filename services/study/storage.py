@@ -57,11 +57,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 class Storage:
     """A root folder or URI; every name below it is relative, with forward slashes.
 
-    Raises StorageError for a protocol that is not installed or a name that leaves the root.
+    Raises StorageError for a protocol that is not installed or a name that leaves the root, by its spelling or through a
+    link.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/") if url != "/" else url
+        self.url = url if url.endswith("://") or url == "/" else url.rstrip("/")
         try:
             self._fs, root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -89,7 +90,7 @@ class Storage:
         """The bytes stored under `name`, or None when there is nothing."""
         try:
             return cast(bytes, self._fs.cat_file(self._full(name)))
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
     def read_from(self, name: str, offset: int) -> bytes | None:
@@ -110,13 +111,18 @@ class Storage:
             self._fs.pipe_file(self._full(name), data)
 
     def list(self, prefix: str) -> list[str]:
-        """The names directly below `prefix` (last path part), sorted; nothing when it does not exist."""
+        """The names directly below the folder `prefix` (last path part), sorted; nothing when there is no such folder.
+
+        Names that start with a dot are left out: they are being written, or a killed writer left them.
+        """
         self._fs.invalidate_cache()
+        folder = self._full(prefix)
         try:
-            found = self._fs.ls(self._full(prefix), detail=False)
+            found = [str(item).rstrip("/") for item in self._fs.ls(folder, detail=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(item).rstrip("/").rsplit("/", 1)[-1] for item in found)
+        names = [item.rsplit("/", 1)[-1] for item in found if item != folder]
+        return sorted(name for name in names if not name.startswith("."))
 
     def delete(self, name: str) -> None:
         """Removes a file or a whole folder; silent when it is gone already."""
@@ -165,8 +171,8 @@ class Storage:
         folder = Path(self._root)
         while not folder.exists():
             folder = folder.parent
-        if not os.access(folder, os.W_OK):
-            raise StorageError(f"storage {self.url}: {folder} is not writable; choose another with --storage")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise StorageError(f"storage {self.url}: {folder} is no folder that can be written; choose another with --storage")
         free = shutil.disk_usage(folder).free
         if free < need_bytes:
             raise StorageError(
@@ -177,5 +183,8 @@ class Storage:
     def _full(self, name: str) -> str:
         parts = name.split("/")
         if name.startswith("/") or any(part in ("..", "") for part in parts):
-            raise StorageError(f"storage name {name!r} leaves its root")
-        return f"{self._root}/{name}"
+            raise StorageError(f"storage name {name!r} leaves its root {self._root}; give a name below it")
+        full = f"{self._root}/{name}"
+        if self._local and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(self._root)):
+            raise StorageError(f"storage name {name!r} leaves {self._root} through a link; replace the link by a folder")
+        return full

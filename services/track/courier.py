@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 STEPS = "steps.jsonl"
 PRINT_EVERY_S = 10.0
 RETRY_S = 15.0
+SEND_AT_ONCE = 500  # steps; what is sent is forgotten, so a failure in between repeats at most these
+AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 SUMMARY = ("held_out_loss", "train_loss_last_100", "unigram_entropy", "parameters", "tokens_per_second", "weights_sha256")
 
 
@@ -32,7 +34,6 @@ class Delivery:
     run_id: str
     steps: int
     offset: int = 0
-    rest: bytes = b""
     read_step: int = 0
     sent_step: int | None = None
     marked_running: bool = False
@@ -62,31 +63,44 @@ class Courier:
             self.send_all()
 
     def send_all(self) -> bool:
-        """Sends everything waiting; False when MLflow did not take it (it is tried again later)."""
-        try:
-            for delivery in self._deliveries.values():
+        """Sends everything waiting; False when MLflow did not take all of it (the rest is tried again later).
+
+        A run that MLflow refuses does not hold up the others; a server that is away is asked once.
+        """
+        taken = True
+        for delivery in self._deliveries.values():
+            try:
                 self._send(delivery)
-        except (MlflowException, OSError) as error:
-            first = str(error).splitlines()[0][:200]
-            log.warning("MLflow did not answer (%s); training goes on, steps are kept and sent later", first)
-            self._retry_at = time.monotonic() + RETRY_S
-            return False
-        return True
+            except (MlflowException, OSError) as error:
+                log.warning("MLflow did not take steps of %s (%s); training goes on, they are kept and sent later",
+                            delivery.name, _first_line(error))  # fmt: skip
+                self._retry_at = time.monotonic() + RETRY_S
+                taken = False
+                if not isinstance(error, MlflowException) or error.error_code in AWAY:
+                    break
+        return taken
 
     def deliver_result(self, trial: str, result: TrialResult, artifact_limit_bytes: float) -> bool:
-        """Sends a finished trial's rest, files and figures and ends its run; False when MLflow did not take it."""
+        """Sends a finished trial's rest, files and figures and ends its run; False when MLflow did not take it.
+
+        A step log that lacks steps is no reason to call the trial tracked: False, and a warning that names the file.
+        """
         delivery = self._deliveries[trial]
         self._read(trial, delivery)
-        if not self.send_all():
+        if delivery.read_step < result.steps:
+            log.warning("%s/trials/%s/%s ends at step %d of %d; restore it, or MLflow will not have the rest",
+                        self._storage.root, trial, STEPS, delivery.read_step, result.steps)  # fmt: skip
             return False
         try:
+            self._send(delivery)
             self._files(trial, delivery.run_id, artifact_limit_bytes)
             values = json.loads(result.to_json())
             medians = {f"median_layer_{row.layer:02d}": round(row.median, 6) for row in result.decay_profile}
             self._tracker.set_summary(delivery.run_id, {key: values[key] for key in SUMMARY} | medians)
             self._tracker.mark(delivery.run_id, "FINISHED")
         except (MlflowException, OSError) as error:
-            log.warning("MLflow did not take the result of %s (%s); run again to send it", delivery.name, error)
+            log.warning("MLflow did not take the result of %s (%s); run again to send it",
+                        delivery.name, _first_line(error))  # fmt: skip
             return False
         return True
 
@@ -95,43 +109,44 @@ class Courier:
         try:
             self._tracker.mark(self._deliveries[trial].run_id, status)
         except (MlflowException, OSError) as error:
-            log.warning("MLflow did not take the end of %s (%s)", self._deliveries[trial].name, error)
+            log.warning("MLflow did not take the end of %s (%s)", self._deliveries[trial].name, _first_line(error))
 
     def _read(self, trial: str, delivery: Delivery) -> None:
+        """Takes in the whole lines that are new. A log that was cut back to a checkpoint is read again from its start."""
         name = f"trials/{trial}/{STEPS}"
-        data = self._storage.read_from(name, delivery.offset)
-        if data is None:  # missing, or cut back to a checkpoint: read it again, known steps are skipped below
-            delivery.offset, delivery.rest, delivery.last = 0, b"", {}
-            data = self._storage.read_from(name, 0) or b""
-        delivery.offset += len(data)
-        lines = (delivery.rest + data).split(b"\n")
-        delivery.rest = lines.pop()
-        for line in lines:
-            try:
-                record = json.loads(line)
-                if record["step"] > delivery.last.get("step", 0) + 1:
-                    raise ValueError("a step is missing")
-            except ValueError:  # the log was cut back and grew past the old offset: start over
-                delivery.offset, delivery.rest, delivery.last = 0, b"", {}
-                return
+        if not self._read_on(name, delivery):
+            delivery.offset, delivery.last = 0, {}
+            self._read_on(name, delivery)
+
+    def _read_on(self, name: str, delivery: Delivery) -> bool:
+        """Reads from the offset; False where what stands there does not continue what was read before."""
+        overlap = min(delivery.offset, 1)  # the newline read last: a log that was cut back and grew seldom has one there
+        data = self._storage.read_from(name, delivery.offset - overlap)
+        if data is None or data[:overlap].strip():
+            return False
+        for line in data[overlap : data.rfind(b"\n") + 1].splitlines(keepends=True):
+            record = _record(line)
+            if record is None or record["step"] != delivery.last.get("step", 0) + 1:
+                return False
+            delivery.offset += len(line)
             delivery.last = record
-            if record["step"] > delivery.read_step:
+            if record["step"] > delivery.read_step:  # a known step written again has another speed, and is the same point
                 delivery.waiting.append(record)
                 delivery.read_step = record["step"]
+        return True
 
     def _send(self, delivery: Delivery) -> None:
         if not delivery.waiting:
             return
         if delivery.sent_step is None:
             delivery.sent_step = self._tracker.last_step(delivery.run_id)
-        if not delivery.marked_running:
+        delivery.waiting = [record for record in delivery.waiting if record["step"] > delivery.sent_step]
+        if delivery.waiting and not delivery.marked_running:
             self._tracker.mark(delivery.run_id, "RUNNING")
             delivery.marked_running = True
         while delivery.waiting:
-            batch = [record for record in delivery.waiting[:500] if record["step"] > delivery.sent_step]
-            if batch:
-                delivery.sent_step = self._tracker.log_steps(delivery.run_id, batch, self._started_ms)
-            del delivery.waiting[:500]
+            delivery.sent_step = self._tracker.log_steps(delivery.run_id, delivery.waiting[:SEND_AT_ONCE], self._started_ms)
+            del delivery.waiting[:SEND_AT_ONCE]
 
     def _files(self, trial: str, run_id: str, limit_bytes: float) -> None:
         with self._storage.local_copy(f"trials/{trial}") as folder:
@@ -151,7 +166,7 @@ class Courier:
         step, when = delivery.printed
         now = time.monotonic()
         done = int(delivery.last.get("step", 0))
-        if done == step or (now - when < PRINT_EVERY_S and done < delivery.steps):
+        if not delivery.last or done == step or (now - when < PRINT_EVERY_S and done < delivery.steps):
             return
         rate = delivery.last.get("train/tokens_per_second", 0.0)
         held = delivery.last.get("held_out/loss")
@@ -161,3 +176,15 @@ class Courier:
             f"  {rate:,.0f} tokens/s{ending}"
         )
         delivery.printed = (done, now)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -58,8 +58,8 @@ def check_reachable(uri: str) -> None:
         folder = _sqlite_path(uri).parent
         while not folder.exists():
             folder = folder.parent
-        if not os.access(folder, os.W_OK):
-            raise TrackingError(f"tracking.uri {uri}: {folder} is not writable; choose another place")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise TrackingError(f"tracking.uri {uri}: {folder} is no folder that can be written; choose another place")
         return
     if scheme not in ("postgresql", "mysql", "mssql") and not scheme.startswith(("postgresql+", "mysql+", "mssql+")):
         raise TrackingError(
@@ -101,19 +101,21 @@ class Tracker:
         self._client.update_run(self.parent, status="RUNNING")
 
     def open_trial(self, trial: str, name: str, params: dict[str, Any], data: dict[str, Any]) -> str:
-        """Finds or creates the run of a trial; parameters and data set are logged when it is created. Returns the run id."""
-        tags = {"mlflow.parentRunId": self.parent}
-        run_id = self._find(TRIAL_TAG, trial)
-        if run_id is not None:
-            self._compare_params(run_id, params)
-            return run_id
-        run_id = self._find_or_create(TRIAL_TAG, trial, name, tags)
-        self._client.log_batch(run_id, params=[Param(k, str(v)[:PARAM_CHARACTERS]) for k, v in params.items()])
-        source = json.dumps({"source": data["source"]})
-        dataset = Dataset(name=data["source"][:200], digest=data["digest"][:36], source_type="decay", source=source)
-        tag = InputTag("mlflow.data.context", "training")
-        self._client.log_inputs(run_id, datasets=[DatasetInput(dataset=dataset, tags=[tag])])
-        self._client.update_run(run_id, status="SCHEDULED")
+        """Finds or creates the run of a trial and returns its id. What its creator, killed in between, left out is added.
+
+        Raises TrackingError when the run has other parameters than the trial.
+        """
+        found = self._find(TRIAL_TAG, trial)
+        run_id = found or self._find_or_create(TRIAL_TAG, trial, name, {"mlflow.parentRunId": self.parent})
+        known = self._client.get_run(run_id)
+        self._compare_params(run_id, known.data.params, params)
+        if not known.inputs.dataset_inputs:
+            source = json.dumps({"source": data["source"]})
+            dataset = Dataset(name=data["source"][:200], digest=data["digest"][:36], source_type="decay", source=source)
+            tag = InputTag("mlflow.data.context", "training")
+            self._client.log_inputs(run_id, datasets=[DatasetInput(dataset=dataset, tags=[tag])])
+        if found is None:
+            self._client.update_run(run_id, status="SCHEDULED")
         return run_id
 
     def mark(self, run_id: str, status: str) -> None:
@@ -174,17 +176,16 @@ class Tracker:
         created = self._client.create_run(self._experiment, run_name=name, tags={tag: value, **tags})
         return str(created.info.run_id)
 
-    def _compare_params(self, run_id: str, params: dict[str, Any]) -> None:
-        known = self._client.get_run(run_id).data.params
-        missing = [Param(k, str(v)[:PARAM_CHARACTERS]) for k, v in params.items() if k not in known]
-        if missing:  # the driver died between creating the run and logging its parameters
-            self._client.log_batch(run_id, params=missing)
+    def _compare_params(self, run_id: str, known: dict[str, str], params: dict[str, Any]) -> None:
         for key, value in params.items():
             if key in known and known[key] != str(value)[:PARAM_CHARACTERS]:
                 raise TrackingError(
                     f"MLflow run {run_id} has {key}={known[key]}, the trial has {value}; another study wrote it: "
                     "rename this study or use another tracking store"
                 )
+        missing = [Param(k, str(v)[:PARAM_CHARACTERS]) for k, v in params.items() if k not in known]
+        if missing:
+            self._client.log_batch(run_id, params=missing)
 
 
 def _batches(records: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:

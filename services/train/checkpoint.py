@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import uuid
 from contextlib import AbstractContextManager
@@ -104,8 +105,14 @@ def load(engine: Engine, storage: Storage, name: str, complete: dict[str, Any], 
         )
     copy: AbstractContextManager[Path] = storage.local_copy(f"{FOLDER}/{name}")
     with copy as folder:
-        engine.load(str(folder), TAG)
-        restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
+        try:
+            engine.load(str(folder), TAG)
+            restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
+        except pickle.UnpicklingError as error:
+            raise TrialFailed(
+                f"checkpoint {storage.root}/{FOLDER}/{name} holds more than tensors and was refused (weights_only); "
+                "somebody replaced it: delete that folder to go on from the one before"
+            ) from error
     return position
 
 

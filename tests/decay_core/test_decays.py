@@ -1,9 +1,9 @@
 """The golden table: one row per decay. A new decay is one file in decay_core/decays/ and one row here.
 
-`median`: lower median of λ in the first layer before training, f = 0 (as published, p = 0.9 where it takes p; LightNet over 2048
-positions; 12 heads where λ is a constant per head). `parameters`: of the 160M model in the first granularity, GPT-2's vocabulary.
-`tiny`: what the naive scan gives for the last token's first head on `tiny_input`, with every parameter of the decay at 0.25,
-in the first granularity; the numbers come from formulas.py, float64.
+`median`: lower median of λ in the first layer before training, f = 0 (as published, p = 0.9 where it takes p; LightNet
+over 2048 positions; 12 heads where λ is a constant per head). `parameters`: of the 160M model in the first granularity,
+GPT-2's vocabulary. `tiny`: what the naive scan gives for the last token's first head on `tiny_input`, with every
+parameter of the decay at 0.25, in the first granularity; the numbers come from formulas.py, float64.
 """
 
 import re

@@ -60,8 +60,8 @@ def test_every_invalid_point_names_a_valid_point_of_the_same_decay(point):
 
 
 def test_the_grid_has_as_many_valid_points_as_the_rules_allow():
-    # Seven decays with vector and scalar form, both forms: vector, vector shared, scalar, scalar rope; but three Mamba2
-    # ablations are not shared as run. Four... five decays with scalar form only: none and rope, both forms.
+    # Eight decays have both granularities: vector, vector shared, scalar, scalar with rope, each in two forms; the
+    # three Mamba2 ablations are not shared as run. Four are scalar only: without position and with rope, in two forms.
     assert len(VALID) == 8 * 2 * 4 - 3 + 4 * 2 * 2
 
 

@@ -30,7 +30,12 @@ def foreign_package(folder):
 def run(code, *path, cwd):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

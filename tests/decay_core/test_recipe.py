@@ -35,7 +35,9 @@ def test_decay_phase_ends_at_the_floor_and_follows_one_minus_root():
     assert PAPER.lr_at(20_000) == pytest.approx(3e-5)
 
 
-@pytest.mark.parametrize("steps, lengths", [(20_000, (1000, 1000)), (100_000, (1024, 8976)), (200, (10, 10)), (1, (0, 0))])
+@pytest.mark.parametrize(
+    "steps, lengths", [(20_000, (1000, 1000)), (100_000, (1024, 8976)), (200, (10, 10)), (1, (0, 0))]
+)
 def test_default_schedule_lengths(steps, lengths):
     recipe = replace(BASE, steps=steps)
     assert recipe.schedule_lengths() == lengths

@@ -77,12 +77,18 @@ def test_gradients_of_the_naive_scan_equal_finite_differences(kind):
     assert torch.autograd.gradcheck(lambda *x: decay_scan_naive(*x, output_final_state=True), leaves)
 
 
+@pytest.mark.parametrize("t", [0, 1, 20, 32, 69])
 @pytest.mark.parametrize("kind", KINDS)
-def test_lambda_zero_is_exact(kind):
-    q, k, v, log_decay, _ = inputs(kind, "zero", length=70)
-    o, state = decay_scan_chunked(q, k, v, log_decay, output_final_state=True)
-    assert torch.equal(o, (q * k).sum(-1, keepdim=True) * v)
-    assert torch.equal(state, k[:, -1, :, :, None] * v[:, -1, :, None, :])
+def test_lambda_zero_is_exact(kind, t):
+    q, k, v, log_decay, start = inputs(kind, length=70)
+    log_decay[:, t] = -torch.inf
+    huge = [x.clone() for x in (k, v)]
+    for x in huge:
+        x[:, :t] = 1e100  # nothing of it may pass token t
+    clean = decay_scan_chunked(q, k, v, log_decay, start, output_final_state=True)
+    o, state = decay_scan_chunked(q, *huge, log_decay, 1e100 * start, output_final_state=True)
+    assert torch.equal(o[:, t:], clean[0][:, t:]) and torch.equal(state, clean[1])
+    assert_close(o[:, t], (q * k).sum(-1, keepdim=True)[:, t] * v[:, t], torch.float64)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,133 @@
+"""A tiny corpus and a way to train a trial on real processes without Ray."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.data.token_cache import TokenCache, prepare
+from services.schedule.driver import data_record, data_spec, job_of
+from services.study.file import Study
+from services.study.manifest import Manifest
+from services.study.plan import make_plan
+from services.study.storage import Storage
+from services.train.step_log import parse
+
+NOUNS = "senate treaty harvest railway revenue frontier commerce army canal tariff treasury nation".split()
+VERBS = "approves delays reports extends abolishes requires welcomes".split()
+SCRIPT = Path(__file__).with_name("run_rank.py")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text with some structure, so that a loss can fall."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(60):
+        words = [f"{NOUNS[(number * 7 + i * i) % 12]} {VERBS[(number + i) % 7]} {i % 37}." for i in range(160)]
+        (folder / f"{number:03d}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_study(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """One trial of 12 steps that takes a second."""
+    return Study.model_validate(
+        {
+            "name": "tiny",
+            "question": "does it train?",
+            "space": [{"decay": "hgrn2"}],
+            "sizes": ["nano"],
+            "recipe": {
+                "steps": 12, "batch_size": 8, "seq_len": 32, "lr": 0.003, "eval_every": 6, "eval_sequences": 5,
+                "checkpoint_every": 4, "telemetry_every": 5,
+            },
+            "data": {"source": str(corpus), "tokenizer": "bpe-300", "held_out_percent": 10},
+            "storage": str(tmp_path_factory.mktemp("unused")),
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
+    """The tokens of `corpus`."""
+    return prepare(data_spec(tiny_study), tmp_path_factory.mktemp("tokens"), progress=False)
+
+
+@pytest.fixture
+def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp_path: Path) -> Callable[..., Any]:
+    """Trains tiny trials on real ranks, several in the same processes: train({"name": ..., "workers": 2, ...}, ...)."""
+
+    def write(name: str, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
+        whole = tiny_study.model_dump()
+        study = Study.model_validate(
+            {**whole, "recipe": {**whole["recipe"], **(recipe or {})}, "resources": {**whole["resources"], **changes}}
+        )
+        plan = make_plan(study)
+        manifest = Manifest(study={}, trials={}, data=data_record(cache), started_ms=0)
+        job = job_of(replace(plan.trials[0], id="trial"), plan, Storage(str(tmp_path / name)), manifest)
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(job))
+        return path
+
+    def run(*jobs: dict[str, Any], kill_at: int = 0, victim: int = 0) -> list[Outcome]:
+        workers = jobs[0].get("workers", 1)
+        assert all(job.get("workers", 1) == workers for job in jobs)
+        paths = [f"{_free_port()}={write(**job)}" for job in jobs]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), str(rank), str(kill_at if rank == victim else 0), *paths],
+                env=process_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(workers)
+        ]  # fmt: skip
+        if kill_at:
+            processes[victim].wait(timeout=300)
+            for process in processes:
+                process.kill()
+        outputs = [process.communicate(timeout=400) for process in processes]
+        assert kill_at or all(process.returncode == 0 for process in processes), outputs
+        assert not kill_at or processes[victim].returncode == -signal.SIGKILL, outputs
+        lines = [line for line in outputs[0][0].splitlines() if line.startswith(("RESULT ", "FAILED "))]
+        said = lines + [""] * (len(jobs) - len(lines))
+        folders = [tmp_path / job["name"] / "trials" / "trial" for job in jobs]
+        return [Outcome(folder, line, outputs[0][1]) for folder, line in zip(folders, said, strict=True)]
+
+    return run
+
+
+class Outcome:
+    """What a job left: its result or its reason, its step log, and what rank 0 said on stderr."""
+
+    def __init__(self, folder: Path, line: str, stderr: str) -> None:
+        self.folder, self._line, self.stderr = folder, line, stderr
+
+    @property
+    def result(self) -> dict[str, Any]:
+        assert self._line.startswith("RESULT "), self._line + self.stderr
+        return dict(json.loads(self._line.removeprefix("RESULT ")))
+
+    @property
+    def reason(self) -> str:
+        assert self._line.startswith("FAILED "), self._line + self.stderr
+        return str(json.loads(self._line.removeprefix("FAILED ")))
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return parse((self.folder / "steps.jsonl").read_bytes())
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["train/loss"] for record in self.steps]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
