@@ -10,6 +10,7 @@ as a ratio of the train backend's, measured in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -93,7 +94,7 @@ def measure(name: str, backend: str, trials: int, storage: Path) -> dict[str, An
     folder = Storage(str(storage / name))
     first = [event.time_ns / 1e9 for event in Ledger(folder).events() if event.kind == "attempt"]
     ends = sorted(_written(storage / name, trial) for trial in folder.list("trials"))
-    gaps = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
     steps = statistics.median(_step_seconds(folder, trial) for trial in folder.list("trials"))
     return {
         "backend": backend,

@@ -1,4 +1,4 @@
-"""One picture of how λ moved: a panel per layer, training step across, λ upwards on a logit scale, darkness the share of channels.
+"""One picture of how λ moved: a panel per layer, training step across, λ upwards on a logit scale, darkness the share.
 
 Drawn from the Parquet table that telemetry leaves (columns step, layer, bin, lower, upper, count; edges in logit λ). Bins are
 merged to SHOWN_BINS rows for the eye; the table keeps them all.

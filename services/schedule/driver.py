@@ -1,7 +1,7 @@
 """The driver: one run of a study. Running it again is resuming; running a finished study does nothing.
 
-Everything that can be refused is refused before anything is written. Then: lease, manifest, MLflow runs, and Tune over the trials
-that the ledger does not call finished, with a courier thread carrying step logs to MLflow. Tune's own state is thrown away.
+Everything that can be refused is refused before anything is written. Then: lease, manifest, MLflow runs, and Tune over
+the trials that the ledger does not call finished, with a courier thread carrying step logs to MLflow. Tune's own state is thrown away.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The train backend: a Ray Train worker group per trial, for long trials and several nodes.
 
-Ray Train brings health checks, restarts of the whole group and elastic placement; its own checkpoints are not used (its snapshot
-is written in place and a cut one blocks a run for good), and nothing is reported per step (each report costs a controller poll).
+Ray Train brings health checks, restarts of the whole group and elastic placement; its own checkpoints are not used (its
+snapshot is written in place and a cut one blocks a run for good), and nothing is reported per step (each report costs a poll).
 """
 
 from __future__ import annotations

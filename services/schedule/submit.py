@@ -34,7 +34,7 @@ def submit_study(study_file: Path, storage: str | None, address: str, wait: bool
     try:
         inside = study_file.resolve().relative_to(ROOT)
     except ValueError as error:
-        raise StudyError(f"study file {study_file} is outside {ROOT}, so it would not travel; move it into the checkout") from error
+        raise StudyError(f"study file {study_file} is outside {ROOT} and would not travel; move it there") from error
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(

@@ -12,7 +12,7 @@ from services.train.job import TrialJob
 
 
 def run_trial(config: dict[str, Any], jobs: dict[str, dict[str, Any]], backend: str, cpus: float, retries: int) -> None:
-    """Trains `jobs[config["trial"]]` and reports its state. A trial that failed for good is recorded and reported, not raised."""
+    """Trains `jobs[config["trial"]]`. A trial that failed for good is recorded in the ledger and reported, not raised."""
     job = TrialJob(**jobs[config["trial"]])
     if backend == "warm":
         from services.schedule.pool import train_in_pool

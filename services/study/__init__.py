@@ -1,1 +1,1 @@
-"""A study on paper: read the file, enumerate its points, plan its trials, remember what was done. No Ray, no MLflow, no training."""
+"""A study on paper: read the file, enumerate its points, plan its trials, remember what was done."""

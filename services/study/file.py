@@ -96,7 +96,7 @@ class Data(_Strict):
 
 
 class Model(_Strict):
-    """What every point of the study shares beyond its size. `inner_gain_init` None takes the form's own choice (spec of the forms)."""
+    """What every point of the study shares beyond its size. `inner_gain_init` None takes the form's own choice."""
 
     inner_gain_init: float | None = None
 
@@ -109,7 +109,11 @@ class Budget(_Strict):
 
 
 class Resources(_Strict):
-    """What one trial gets. All but `backend`, `max_concurrent_trials`, `max_failures` and the two rates bear on the bits of a result."""
+    """What one trial gets.
+
+    `backend`, `max_concurrent_trials`, `max_failures`, `cpus_per_worker` and the assumed rate may change between two runs of
+    a study; the others bear on the bits of a result.
+    """
 
     workers: int = Field(1, ge=1)
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -125,7 +129,7 @@ class Resources(_Strict):
 
 
 class Tracking(_Strict):
-    """Where MLflow is; None is SQLite beside the studies. Weights above `log_model_max_gib` are logged by path and digest only."""
+    """Where MLflow is; None is SQLite beside the studies. Larger weights than `log_model_max_gib` are logged by path only."""
 
     uri: str | None = None
     log_model_max_gib: float = Field(1.0, ge=0)
@@ -262,11 +266,10 @@ def _place(location: tuple[int | str, ...], raw: Any) -> list[str]:
     """The parts of pydantic's location that the file itself has; the rest names types."""
     place: list[str] = []
     for part in location:
-        if (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int)):
+        inside = part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int)
+        if inside:
             raw = raw[part]
-        else:
-            continue
-        place.append(str(part))
+            place.append(str(part))
     return place
 
 

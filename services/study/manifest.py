@@ -74,9 +74,7 @@ def check_unchanged(old: Manifest, plan: Plan) -> None:
     Raises StudyError naming the changed keys, or the trials that are no longer in the space.
     """
     before, after = _flat(old.study), _flat(resolved(plan.study))
-    changed = sorted(
-        key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not _free(key)
-    )
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not _free(key))
     if changed:
         said = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

@@ -149,9 +149,7 @@ def _decays(choice: DecayChoice | list[DecayChoice]) -> list[tuple[str, float | 
         return [pair for item in choice for pair in _decays(item)]
     if isinstance(choice, str):
         return [(choice, None)]
-    return [
-        (name, float(p)) for name, values in choice.items() for p in (values if isinstance(values, list) else [values])
-    ]
+    return [(name, float(p)) for name, values in choice.items() for p in (values if isinstance(values, list) else [values])]
 
 
 def make_plan(study: Study, measured_gflops: float | None = None) -> Plan:

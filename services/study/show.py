@@ -54,8 +54,8 @@ def _rate(plan: Plan) -> str:
     resources = plan.study.resources
     if resources.assumed_gflops_per_worker:
         return f"{plan.gflops_per_worker:,.0f} GFLOP/s a worker (resources.assumed_gflops_per_worker)"
-    assumed = GPU_GFLOPS if resources.gpus_per_worker else CPU_GFLOPS_PER_THREAD
-    return f"{plan.gflops_per_worker:,.0f} GFLOP/s a worker (assumed: {assumed:,.0f} a {'GPU' if resources.gpus_per_worker else 'thread'})"
+    assumed, what = (GPU_GFLOPS, "GPU") if resources.gpus_per_worker else (CPU_GFLOPS_PER_THREAD, "thread")
+    return f"{plan.gflops_per_worker:,.0f} GFLOP/s a worker (assumed: {assumed:,.0f} a {what})"
 
 
 def show_status(study: Study, storage: Storage, console: Console) -> None:

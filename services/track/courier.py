@@ -120,11 +120,10 @@ class Courier:
 
     def _read_on(self, name: str, delivery: Delivery) -> bool:
         """Reads from the offset; False where what stands there does not continue what was read before."""
-        overlap = min(delivery.offset, 1)  # the newline read last: a log that was cut back and grew seldom has one there
-        data = self._storage.read_from(name, delivery.offset - overlap)
-        if data is None or data[:overlap].strip():
+        data = self._storage.read_from(name, delivery.offset)
+        if data is None:
             return False
-        for line in data[overlap : data.rfind(b"\n") + 1].splitlines(keepends=True):
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             record = _record(line)
             if record is None or record["step"] != delivery.last.get("step", 0) + 1:
                 return False

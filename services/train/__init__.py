@@ -1,1 +1,1 @@
-"""One trial on its ranks: the loop, the DeepSpeed engine, checkpoints, randomness and telemetry. The only folder that imports DeepSpeed."""
+"""One trial on its ranks: the loop, the DeepSpeed engine, checkpoints, randomness and telemetry."""

@@ -22,7 +22,6 @@ from decay_core.model import DecayLinearTransformer
 from decay_core.recipe import Recipe, parameter_groups
 from services.train.job import Resources, World
 
-
 IGNORED = -100  # the target that torch's cross-entropy leaves out
 
 
@@ -43,7 +42,7 @@ def import_deepspeed(device: str) -> Any:
 
 
 def join(world: World) -> None:
-    """Joins the process group through DeepSpeed (adopts the one that Ray Train made). Needs MASTER_ADDR and the rank in the environment."""
+    """Joins the process group through DeepSpeed (or adopts Ray Train's). Needs MASTER_ADDR and the rank in the environment."""
     deepspeed = import_deepspeed(world.device)
     backend = "gloo" if world.device == "cpu" else "nccl"
     if world.device != "cpu":
@@ -69,7 +68,7 @@ class LossModule(nn.Module):
         self._device_type = torch.device(device).type
 
     def forward(self, tokens_bt: Tensor, observe: Any = None) -> Tensor:
-        """Loss on the t - 1 targets inside each window; the last position sees its token and predicts nothing (kernels like even t)."""
+        """Loss on the t - 1 targets inside each window; the last position predicts nothing (kernels like even t)."""
         nothing = torch.full_like(tokens_bt[:, :1], IGNORED)
         targets_bt = torch.cat([tokens_bt[:, 1:], nothing], dim=1)
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):

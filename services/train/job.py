@@ -19,7 +19,7 @@ class TrialFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What bears on a result's bits (`workers`, `threads`, `zero_stage`, `micro_batch_size`, `deterministic`), and `gpus` a worker."""
+    """What a trial's ranks have, all of it bearing on the bits of its result; `gpus` is per worker."""
 
     workers: int
     threads: int
@@ -31,7 +31,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialJob:
-    """One trial of one study. `storage` is the study's root; `data` {spec, digest, cache}; `config`, `recipe`, `resources` as dicts."""
+    """One trial of one study. `storage` is the study's root, `data` is {spec, digest, path}; the rest as dicts."""
 
     study: str
     trial: str

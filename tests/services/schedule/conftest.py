@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,29 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, process_env: dict[str, st
     ]  # fmt: skip
     with open(log, "w") as out:
         subprocess.run(command, env=process_env, stdout=out, stderr=out, check=True, timeout=120)
+    wait_for(_dashboard_answers, 120, "Ray's dashboard")
     yield {"address": f"127.0.0.1:{PORT}", "dashboard": f"http://127.0.0.1:{DASHBOARD}"}
     for process in psutil.process_iter(["cmdline"]):  # only this head's processes: a user's Ray is left alone
         if str(temp) in " ".join(process.info["cmdline"] or []):
             process.kill()
 
 
+def _dashboard_answers() -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{DASHBOARD}/api/version", timeout=5):
+            return True
+    except urllib.error.HTTPError:  # it wants a token: it is there
+        return True
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of text with some structure."""
     folder = tmp_path_factory.mktemp("corpus")
-    nouns = "senate treaty harvest railway revenue frontier commerce army canal tariff treasury nation".split()
-    verbs = "approves delays reports extends abolishes requires welcomes".split()
+    nouns = ["senate", "treaty", "harvest", "railway", "revenue", "frontier", "commerce", "army", "canal", "bank", "law", "town"]
+    verbs = ["approves", "delays", "reports", "extends", "abolishes", "requires", "welcomes"]
     for number in range(60):
         words = [f"{nouns[(number * 7 + i * i) % 12]} {verbs[(number + i) % 7]} {i % 37}." for i in range(160)]
         (folder / f"{number:03d}.txt").write_text(" ".join(words))

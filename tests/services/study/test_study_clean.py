@@ -14,9 +14,7 @@ MIB = 2**20
 @pytest.fixture
 def started(storage):
     """A study of trials a (finished), b and c (not), each with checkpoints of 1 MiB, weights and a result."""
-    write_manifest(
-        storage, Manifest(study={}, trials={x: x.upper() for x in "abc"}, data={"digest": "d"}, started_ms=1)
-    )
+    write_manifest(storage, Manifest(study={}, trials={x: x.upper() for x in "abc"}, data={"digest": "d"}, started_ms=1))
     for trial, steps in (("a", (50, 100)), ("b", (20, 30, 40)), ("c", (5, 35))):
         for step in steps:
             checkpoint(storage, trial, f"step_{step:08d}")

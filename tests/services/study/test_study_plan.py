@@ -48,10 +48,7 @@ def test_trials_are_sizes_times_points_times_seeds_in_file_order(study):
     plan = make_plan(study(sizes=["micro", "nano", "micro"], seeds=[5, 3, 5], space=[{"decay": ["gla", "tnl"],
                                                                                       "granularity": ["scalar"]}]))  # fmt: skip
     assert [trial.name for trial in plan.trials] == [
-        f"{point}-{size}-s{seed}"
-        for size in ("micro", "nano")
-        for point in ("gla-scalar", "tnl-scalar")
-        for seed in (5, 3)
+        f"{point}-{size}-s{seed}" for size in ("micro", "nano") for point in ("gla-scalar", "tnl-scalar") for seed in (5, 3)
     ]
     assert len({trial.id for trial in plan.trials}) == 8
 
@@ -165,5 +162,5 @@ def test_planning_writes_nothing(study, tmp_path, monkeypatch):
 
 
 def test_a_refusal_of_the_plan_names_the_study_where_there_is_no_file(study):
-    with pytest.raises(StudyError, match="^study 'small': budget.max_trials is 1, the space has 12 trials"):
+    with pytest.raises(StudyError, match=r"^study 'small': budget\.max_trials is 1, the space has 12 trials"):
         make_plan(study(budget={"max_trials": 1}))

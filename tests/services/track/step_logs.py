@@ -27,9 +27,7 @@ def points(tracker: Tracker, run_id: str, key: str) -> list[tuple[int, float]]:
 
 def result_of(trial: str, steps: int) -> TrialResult:
     """A result as a trial of `steps` steps leaves it."""
-    layers = tuple(
-        LayerProfile(layer=n, median=0.9, p25=0.8, p75=0.95, mean=0.88, min=0.1, max=0.99) for n in (1, 2)
-    )
+    layers = tuple(LayerProfile(layer=n, median=0.9, p25=0.8, p75=0.95, mean=0.88, min=0.1, max=0.99) for n in (1, 2))
     point = {"decay": "gla", "p": None, "granularity": "vector", "share": False, "position": "none", "form": "as_run"}
     return TrialResult(
         trial_id=trial, name=trial, method="gla-vector", point=point, size="nano", seed=1, parameters=10, steps=steps,

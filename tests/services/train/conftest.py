@@ -20,8 +20,8 @@ from services.study.plan import make_plan
 from services.study.storage import Storage
 from services.train.step_log import parse
 
-NOUNS = "senate treaty harvest railway revenue frontier commerce army canal tariff treasury nation".split()
-VERBS = "approves delays reports extends abolishes requires welcomes".split()
+NOUNS = ["senate", "treaty", "harvest", "railway", "revenue", "frontier", "commerce", "army", "canal", "tariff", "bank", "law"]
+VERBS = ["approves", "delays", "reports", "extends", "abolishes", "requires", "welcomes"]
 SCRIPT = Path(__file__).with_name("run_rank.py")
 
 

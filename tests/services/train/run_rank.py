@@ -1,7 +1,7 @@
 """One rank as its own process: run_rank.py RANK KILL_AT_STEP PORT=JOB.json ... trains the jobs one after another.
 
-Rank 0 prints a line per job: RESULT and the result, or FAILED and the reason, as JSON. With KILL_AT_STEP above 0 the process kills
-itself (SIGKILL) when its step counter reaches that step, before the step is logged.
+Rank 0 prints a line per job: RESULT and the result, or FAILED and the reason, as JSON. With KILL_AT_STEP above 0 the
+process kills itself (SIGKILL) when its step counter reaches that step, before the step is logged.
 """
 
 import json

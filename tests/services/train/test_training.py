@@ -8,7 +8,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-# Two ranks add the same fp32 numbers in another order than one; measured largest difference of a loss over 12 steps: see docs.
+# Two ranks add the same fp32 numbers in another order than one. The first test prints what it measures: 1.4e-6 nats.
 REASSOCIATION_NATS = 2e-5
 
 
