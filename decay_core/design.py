@@ -73,7 +73,7 @@ class DesignPoint:
     @property
     def name(self) -> str:
         """A file-system safe name; the default choices (as_published, no position, not shared) are not spelled."""
-        words = [self.decay if self.p is None else f"{self.decay}_p{self.p:g}", self.granularity]
+        words = [self.decay if self.p is None else f"{self.decay}_p{self.p!r}", self.granularity]
         words += ["share"] if self.share else []
         words += [self.position] if self.position != DesignPoint.position else []
         words += [self.form] if self.form != DesignPoint.form else []

@@ -81,7 +81,9 @@ def report(study_file: StudyFile, storage: StorageOption = None) -> None:
 def submit(
     study_file: StudyFile,
     storage: StorageOption = None,
-    address: Annotated[str, typer.Option("--address", help="Ray's dashboard address")] = "http://127.0.0.1:8265",
+    address: Annotated[
+        str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Ray's dashboard address")
+    ] = "http://127.0.0.1:8265",
     wait: Annotated[bool, typer.Option(help="follow the log and end with the job's exit code")] = True,
 ) -> None:
     """Submit a study as a Ray job: this folder travels, the driver runs on the cluster."""

@@ -28,7 +28,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def process_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that a test starts: the checkout importable, no user settings, Ray with a token of its own."""
+    """The environment of a process that a test starts: the checkout, no user settings, a Ray token of its own."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_", "DECAY_"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     token = tmp_path_factory.mktemp("ray-token") / "token"

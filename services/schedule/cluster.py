@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -15,11 +16,28 @@ TEMPORARY = "/runtime_resources/working_dir_files/"
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What the cluster has in all, and on how many nodes."""
+    """What each node of the cluster has: (CPUs, GPUs)."""
 
-    cpus: float
-    gpus: float
-    nodes: int
+    nodes: tuple[tuple[float, float], ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs in all."""
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs in all."""
+        return sum(gpus for _, gpus in self.nodes)
+
+    def workers(self, cpus: float, gpus: float) -> int:
+        """How many workers of this shape fit, each on one node."""
+        return sum(min(_times(there, cpus), _times(on_board, gpus)) for there, on_board in self.nodes)
+
+
+def _times(there: float, asked: float) -> int:
+    """How often `asked` goes into `there`, forgiving float dust; without bound where nothing is asked."""
+    return int(there / asked + 1e-6) if asked else 10**9
 
 
 def connect(address: str | None, dashboard: bool) -> Capacity:
@@ -27,15 +45,28 @@ def connect(address: str | None, dashboard: bool) -> Capacity:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     address = address or os.environ.get("RAY_ADDRESS") or None
+    _check_answers(address)
     options = {"address": address} if address else {"include_dashboard": dashboard}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StudyError(f"Ray cluster {address or 'on this machine'}: {first}; start one with `ray start --head`") from error
-    total = ray.cluster_resources()
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    return Capacity(cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), nodes=nodes)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Capacity(nodes=tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes))
+
+
+def _check_answers(address: str | None) -> None:
+    """Refuses a host:port that nobody listens on; Ray itself would wait for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit() or "://" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise StudyError(
+            f"Ray cluster {address} does not answer ({error}); start one with `ray start --head` or correct --address"
+        ) from error
 
 
 def disconnect() -> None:
@@ -57,9 +88,12 @@ def trials_at_once(resources: Resources, capacity: Capacity) -> int:
                 f"resources: one trial needs {asked:g} {kind} ({resources.workers} workers), the cluster has {there:g}; "
                 f"lower resources.workers or resources.{key}, or add nodes"
             )
-    fits = int(capacity.cpus // (resources.cpus_per_worker * resources.workers))
-    if resources.gpus_per_worker:
-        fits = min(fits, int(capacity.gpus / (resources.gpus_per_worker * resources.workers) + 1e-9))
+    fits = capacity.workers(resources.cpus_per_worker, resources.gpus_per_worker) // resources.workers
+    if not fits:
+        raise StudyError(
+            f"resources: {resources.workers} workers of {resources.cpus_per_worker:g} CPU and "
+            f"{resources.gpus_per_worker:g} GPU do not fit on the nodes one by one; ask for less a worker, or add larger nodes"
+        )
     return min(fits, resources.max_concurrent_trials or fits)
 
 

@@ -1,11 +1,13 @@
 """The driver: one run of a study. Running it again is resuming; running a finished study does nothing.
 
 Everything that can be refused is refused before anything is written. Then: lease, manifest, MLflow runs, and Tune over
-the trials that the ledger does not call finished, with a courier thread carrying step logs to MLflow. Tune's own state is thrown away.
+the trials that the ledger does not call finished, with a courier thread carrying step logs to MLflow. Tune's own state is
+thrown away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -13,7 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -26,14 +28,14 @@ from services.report.histogram import draw_histogram
 from services.schedule import cluster
 from services.schedule.trial import run_trial
 from services.study.file import Study, StudyError
-from services.study.lease import Lease, LeaseHeld, take
+from services.study.lease import Heartbeat, take
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, check_unchanged, next_manifest, read_manifest, write_manifest
 from services.study.plan import Plan, Trial, make_plan
 from services.study.result import TrialResult
 from services.study.storage import Storage
 from services.track.courier import Courier
-from services.track.runs import Tracker, check_reachable, default_uri, is_file_database
+from services.track.runs import MlflowException, Tracker, check_reachable, default_uri, is_file_database
 
 log = logging.getLogger(__name__)
 CHECKPOINTS_KEPT = 2
@@ -95,22 +97,53 @@ def run_study(study: Study, options: Options) -> Exit:
         idle = all(state.state == "finished" for state in states.values())
         at_once = 0 if idle else _capacity(plan, uri, options)
         cache = prepare(data_spec(study), data_cache_root(study), workers=study.data.workers)
+        _check_long_enough(cache, plan)
         next_manifest(old, plan, data_record(cache))  # refuses other data before the lease writes anything
         lease = take(storage)
         try:
-            run = _Run(plan=plan, storage=storage, ledger=ledger, lease=lease, uri=uri, options=options)
-            return run.go(cache, at_once)
+            with Heartbeat(lease, on_loss=interrupt) as heartbeat, stopped_by_sigterm():
+                ended = _Run(plan=plan, storage=storage, ledger=ledger, uri=uri, options=options).go(cache, at_once)
+            if heartbeat.lost.is_set():
+                options.say(f"study {study.name}: another driver took it over; this one stopped")
+                return Exit.INCOMPLETE
+            return ended
         finally:
             lease.release()
     finally:
         cluster.disconnect()
 
 
+def interrupt() -> None:
+    """What Ctrl-C does: Tune stops its trials and returns, and the run ends as incomplete."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM (`ray job stop`, Slurm, Kubernetes) end a run in order, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: interrupt())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_long_enough(cache: TokenCache, plan: Plan) -> None:
+    seq_len = plan.trials[0].recipe.seq_len
+    for name, stream in (("training", cache.train), ("held-out", cache.held_out)):
+        if stream.windows(seq_len) < 1:
+            raise StudyError(
+                f"data.source {plan.study.data.source}: the {name} text has {stream.n_tokens} tokens, less than one "
+                f"sequence of recipe.seq_len {seq_len}; use more text, another data.held_out_percent or a shorter seq_len"
+            )
+
+
 def _capacity(plan: Plan, uri: str, options: Options) -> int:
     capacity = cluster.connect(options.address, dashboard=plan.backend == "train")
-    if capacity.nodes > 1 and is_file_database(uri):
+    nodes = len(capacity.nodes)
+    if nodes > 1 and is_file_database(uri):
         raise StudyError(
-            f"tracking.uri {uri} is a file and the cluster has {capacity.nodes} nodes; start `mlflow server` and give "
+            f"tracking.uri {uri} is a file and the cluster has {nodes} nodes; start `mlflow server` and give "
             "its http:// address as tracking.uri"
         )
     return cluster.trials_at_once(plan.study.resources, capacity)
@@ -123,7 +156,6 @@ class _Run:
     plan: Plan
     storage: Storage
     ledger: Ledger
-    lease: Lease
     uri: str
     options: Options
 
@@ -175,7 +207,7 @@ class _Run:
                 self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss)
                 self.options.say(f"{trial.name:<34} finished: held-out loss {result.held_out_loss:.4f} nats")
             self._draw(trial)
-            if courier.deliver_result(trial.id, result, limit):
+            if courier.ready() and courier.deliver_result(trial.id, result, limit):
                 self.ledger.append("tracked", trial.id)
 
     def _draw(self, trial: Trial) -> None:
@@ -185,19 +217,13 @@ class _Run:
 
     def _train(self, missing: list[Trial], manifest: Manifest, courier: Courier, at_once: int) -> None:
         scratch = tempfile.mkdtemp(prefix="decay-tune-")
-        stop, lost = threading.Event(), threading.Event()
+        stop = threading.Event()
 
         def carry() -> None:
             while not stop.wait(POLL_S):
                 try:
-                    self.lease.renew()
                     courier.poll()
                     self._collect(courier)
-                except LeaseHeld as held:
-                    log.error("%s", held)
-                    lost.set()
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
                 except Exception:  # a courier's trouble must not stop training; the last _collect raises it again
                     log.exception("courier")
 
@@ -205,12 +231,13 @@ class _Run:
         thread.start()
         try:
             self._fit(missing, manifest, at_once, scratch)
+        except KeyboardInterrupt:
+            self.options.say("interrupted; run again to go on")
         finally:
             stop.set()
             thread.join()
             shutil.rmtree(scratch, ignore_errors=True)
-        if lost.is_set():
-            raise LeaseHeld("another driver took over this study; this one stopped")
+        courier.patient = False  # the last chance of this run: ask once more whatever happened before
         courier.poll()
         self._collect(courier)
 
@@ -254,7 +281,11 @@ class _Run:
                 courier.mark_ended(trial, "FAILED" if state.state == "failed" else "KILLED")
         complete = all(state.state == "finished" for state in states.values())
         tracked = all(state.tracked for state in states.values())
-        tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
+        try:
+            tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
+        except (MlflowException, OSError) as error:
+            log.warning("MLflow did not take the end of the study (%s); run again to send it", str(error).splitlines()[0])
+            tracked = False
         if complete and tracked:
             return Exit.COMPLETE
         return Exit.FAILED if any(state.state == "failed" for state in states.values()) else Exit.INCOMPLETE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -31,11 +32,14 @@ def report_study(study: Study, console: Console) -> None:
     summary = _summary(plan, storage, manifest, results)
     uri = tracking_uri(study)
     if results:
-        with storage.local_copy("report") as folder:
-            build_report(summary, results, folder)
-            if storage.local_path is None:
-                storage.put_folder(folder, "report")
-            _log(uri, manifest, folder)
+        if storage.local_path is not None:
+            build_report(summary, results, storage.local_path / "report")
+            _log(uri, manifest, storage.local_path / "report")
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                build_report(summary, results, Path(folder))
+                storage.put_folder(Path(folder), "report")
+                _log(uri, manifest, Path(folder))
         console.print(console_table(summary, results))
         console.print(f"report: {storage.root}/report/")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TextIO
@@ -14,6 +15,7 @@ from services.study.storage import Storage
 
 # what must not travel: environments, histories, results and secrets (Ray refuses packages above 100 MiB)
 EXCLUDES = [".venv", ".git", "runs", "*.egg-info", ".env", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+RETRY_S = 5.0
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +40,7 @@ def submit_study(study_file: Path, storage: str | None, address: str, wait: bool
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(
-            entrypoint=f"python -m services.cli run {inside} --storage {study.storage}",
+            entrypoint=shlex.join(["python", "-m", "services.cli", "run", str(inside), "--storage", study.storage]),
             runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES},
             metadata={"decay.study": study.name},
         )
@@ -52,8 +54,13 @@ def submit_study(study_file: Path, storage: str | None, address: str, wait: bool
 def _follow(client: JobSubmissionClient, job: str, out: TextIO) -> int:
     shown = 0
     while True:
-        status = client.get_job_status(job)
-        logs = client.get_job_logs(job)
+        try:
+            status = client.get_job_status(job)
+            logs = client.get_job_logs(job)
+        except (ConnectionError, RuntimeError) as error:
+            print(f"the dashboard did not answer ({str(error).splitlines()[0]}); asking again", file=out)
+            time.sleep(RETRY_S)
+            continue
         out.write(logs[shown:])
         out.flush()
         shown = len(logs)

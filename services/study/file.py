@@ -146,6 +146,9 @@ RecipeFields = create_model(
 )
 
 
+RESERVED = {"data": "token caches", "mlflow-artifacts": "MLflow artifacts"}
+
+
 class Study(_Strict):
     """A whole study file."""
 
@@ -167,6 +170,13 @@ class Study(_Strict):
     def where(self) -> str:
         """How an error names this study: its file where it came from one."""
         return f"study file {self._file}" if self._file else f"study {self.name!r}"
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} is where the storage keeps its {RESERVED[name]}; choose another name")
+        return name
 
     @field_validator("sizes")
     @classmethod

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from services.study.storage import Storage, canonical_json
 
+log = logging.getLogger(__name__)
 EXPIRY_S = 60.0
 RENEW_S = 10.0
 SETTLE_S = 1.0
@@ -71,6 +74,38 @@ class Lease:
         }
         self._storage.write(NAME, canonical_json(body).encode())
         self._renewed = time.monotonic()
+
+
+class Heartbeat:
+    """Renews a lease in a thread of its own, so that a slow upload never makes a live driver look dead.
+
+    `lost` is set, and `on_loss` called once, when another driver took the study over.
+    """
+
+    def __init__(self, lease: Lease, on_loss: Callable[[], None]) -> None:
+        self.lost = threading.Event()
+        self._lease, self._on_loss = lease, on_loss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(RENEW_S / 4):
+            try:
+                self._lease.renew()
+            except LeaseHeld:
+                self.lost.set()
+                self._on_loss()
+                return
+            except OSError as error:  # storage is away for a moment: the lease has EXPIRY_S of patience
+                log.warning("the lease could not be renewed (%s); trying again", error)
 
 
 def take(storage: Storage) -> Lease:

@@ -27,7 +27,6 @@ CPU_GFLOPS_PER_THREAD = 15.0
 GPU_GFLOPS = 240_000.0
 # A Train group costs 16-23 s to start and stop, a warm worker 0.3 s: below this length the warm pool is worth it.
 WARM_BELOW_S = 900.0
-BYTES_PER_PARAMETER_TRAINED = 16  # fp32 weight, gradient and two Adam moments
 BYTES_PER_PARAMETER_SAVED = 12  # fp32 weight and two Adam moments
 SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20  # as services/data/tokenizers.py trains them; a test holds the two together
 
@@ -152,19 +151,19 @@ def _decays(choice: DecayChoice | list[DecayChoice]) -> list[tuple[str, float | 
     return [(name, float(p)) for name, values in choice.items() for p in (values if isinstance(values, list) else [values])]
 
 
-def make_plan(study: Study, measured_gflops: float | None = None) -> Plan:
-    """Resolves a study into trials; `measured_gflops` per worker, from finished trials, replaces the assumed rate.
+def make_plan(study: Study) -> Plan:
+    """Resolves a study into trials.
 
     Raises StudyError for a space that is misspelt or has a block without a valid cell, an unknown tokenizer, a batch the
     ranks cannot share, and a budget that is exceeded.
     """
     try:
-        return _resolve(study, measured_gflops)
+        return _resolve(study)
     except StudyError as error:
         raise StudyError(f"{study.where}: {error}") from error
 
 
-def _resolve(study: Study, measured_gflops: float | None) -> Plan:
+def _resolve(study: Study) -> Plan:
     judged = cells(study)
     _check_batch(study)
     trials = tuple(
@@ -174,7 +173,7 @@ def _resolve(study: Study, measured_gflops: float | None) -> Plan:
         if not cell.reason
         for seed in dict.fromkeys(study.seeds)
     )
-    rate = study.resources.assumed_gflops_per_worker or measured_gflops or _assumed_gflops(study)
+    rate = study.resources.assumed_gflops_per_worker or _assumed_gflops(study)
     refused = tuple(cell for cell in judged if cell.reason)
     draft = Plan(study=study, trials=trials, refused=refused, backend="warm", gflops_per_worker=rate)
     plan = dataclasses.replace(draft, backend=_backend(draft))
@@ -230,6 +229,11 @@ def _check_batch(study: Study) -> None:
         raise StudyError(
             f"recipe.batch_size {recipe.batch_size} cannot be shared by resources.workers {resources.workers}; "
             "make one a multiple of the other"
+        )
+    if resources.workers > 1 and 0 < resources.gpus_per_worker < 1:
+        raise StudyError(
+            f"resources.gpus_per_worker {resources.gpus_per_worker:g} with {resources.workers} workers puts two ranks on one "
+            "GPU, which NCCL refuses; use gpus_per_worker: 1, or one worker a trial"
         )
     per_rank = recipe.batch_size // resources.workers
     micro = resources.micro_batch_size or per_rank

@@ -49,17 +49,22 @@ class Courier:
         self._tracker, self._storage, self._started_ms, self._say = tracker, storage, started_ms, say
         self._deliveries: dict[str, Delivery] = {}
         self._retry_at = 0.0
+        self.patient = True
 
     def add(self, trial: str, name: str, run_id: str, steps: int) -> None:
         """Watches a trial's log."""
         self._deliveries[trial] = Delivery(name=name, run_id=run_id, steps=steps)
+
+    def ready(self) -> bool:
+        """Whether MLflow may be asked again; after a failure it is left alone for RETRY_S (while `patient`)."""
+        return not self.patient or time.monotonic() >= self._retry_at
 
     def poll(self) -> None:
         """Reads what is new in every log, prints progress, and sends what MLflow takes."""
         for trial, delivery in self._deliveries.items():
             self._read(trial, delivery)
             self._print(delivery)
-        if time.monotonic() >= self._retry_at:
+        if self.ready():
             self.send_all()
 
     def send_all(self) -> bool:
@@ -99,8 +104,9 @@ class Courier:
             self._tracker.set_summary(delivery.run_id, {key: values[key] for key in SUMMARY} | medians)
             self._tracker.mark(delivery.run_id, "FINISHED")
         except (MlflowException, OSError) as error:
-            log.warning("MLflow did not take the result of %s (%s); run again to send it",
+            log.warning("MLflow did not take the result of %s (%s); it is kept and sent later, at the latest by the next run",
                         delivery.name, _first_line(error))  # fmt: skip
+            self._retry_at = time.monotonic() + RETRY_S
             return False
         return True
 

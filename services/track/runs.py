@@ -53,6 +53,7 @@ def check_reachable(uri: str) -> None:
             raise TrackingError(
                 f"tracking.uri {uri} does not answer ({reason}); start the MLflow server or correct the URI"
             ) from error
+        _check_open(uri)  # /health answers even to hosts and users that the server turns away
         return
     if scheme == "sqlite":
         folder = _sqlite_path(uri).parent
@@ -65,10 +66,15 @@ def check_reachable(uri: str) -> None:
         raise TrackingError(
             f"tracking.uri {uri}: scheme {scheme or '(none)'!r} is not usable; give sqlite:///, http(s):// or a database URI"
         )
+    _check_open(uri)
+
+
+def _check_open(uri: str) -> None:
     try:
         MlflowClient(uri).search_experiments(max_results=1)
-    except Exception as error:
-        raise TrackingError(f"tracking.uri {uri} cannot be opened: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # MLflow's, SQLAlchemy's, requests': whatever it is, the store cannot be used
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise TrackingError(f"tracking.uri {uri} cannot be opened: {first}") from error
 
 
 def is_file_database(uri: str) -> bool:

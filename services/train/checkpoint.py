@@ -81,7 +81,7 @@ def newest_valid(storage: Storage) -> tuple[str, dict[str, Any]] | None:
 
     Raises TrialFailed when checkpoints exist and none holds.
     """
-    names = [n for n in storage.list(FOLDER) if n.startswith("step_") and ".tmp" not in n]
+    names = _committed(storage)
     for name in reversed(names):
         problem, complete = _inspect(storage, name)
         if not problem:
@@ -118,9 +118,18 @@ def load(engine: Engine, storage: Storage, name: str, complete: dict[str, Any], 
 
 def sweep(storage: Storage) -> None:
     """Removes what killed writers left; only rank 0, before training."""
+    committed = set(_committed(storage))
     for name in storage.list(FOLDER):
-        if ".tmp" in name:
+        if name not in committed:
             storage.delete(f"{FOLDER}/{name}")
+
+
+def _committed(storage: Storage) -> list[str]:
+    """Names of committed checkpoints, oldest first. On an object store COMPLETE.json is the commit, on a disk the rename is."""
+    names = [name for name in storage.list(FOLDER) if name.startswith("step_") and ".tmp" not in name]
+    if storage.local_path is None:
+        return [name for name in names if storage.exists(f"{FOLDER}/{name}/{COMPLETE}")]
+    return names
 
 
 def sha256_of(path: Path) -> str:
@@ -188,8 +197,7 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
 
 def _retain(storage: Storage) -> None:
     """Keeps the newest KEPT checkpoints; an older one is removed only after the newer is committed."""
-    names = [n for n in storage.list(FOLDER) if n.startswith("step_") and ".tmp" not in n]
-    for name in names[:-KEPT]:
+    for name in _committed(storage)[:-KEPT]:
         storage.delete(f"{FOLDER}/{name}")
 
 

@@ -22,6 +22,7 @@ from decay_core.model import DecayLinearTransformer
 from decay_core.recipe import Recipe, parameter_groups
 from services.train.job import Resources, World
 
+LARGEST_BUCKET = 200_000_000  # elements; DeepSpeed's advice for one node
 IGNORED = -100  # the target that torch's cross-entropy leaves out
 
 
@@ -76,8 +77,11 @@ class LossModule(nn.Module):
         return loss
 
 
-def deepspeed_config(recipe: Recipe, resources: Resources) -> dict[str, Any]:
-    """DeepSpeed's own configuration file for this trial; saved with the trial."""
+def deepspeed_config(recipe: Recipe, resources: Resources, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration file for this trial; saved with the trial.
+
+    Buckets are no larger than the model: at DeepSpeed's default a nano model would touch 2 GB of buffer in every step.
+    """
     accumulate = recipe.batch_size // (resources.workers * resources.micro_batch_size)
     return {
         "train_batch_size": recipe.batch_size,
@@ -89,6 +93,8 @@ def deepspeed_config(recipe: Recipe, resources: Resources) -> dict[str, Any]:
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            "reduce_bucket_size": min(LARGEST_BUCKET, parameters),
+            "allgather_bucket_size": min(LARGEST_BUCKET, parameters),
         },
         "zero_allow_untested_optimizer": True,
         "checkpoint": {"use_node_local_storage": False, "load_universal": False},
@@ -102,7 +108,7 @@ class Engine:
 
     def __init__(self, model: DecayLinearTransformer, recipe: Recipe, resources: Resources, world: World) -> None:
         deepspeed = import_deepspeed(world.device)
-        self.config = deepspeed_config(recipe, resources)
+        self.config = deepspeed_config(recipe, resources, sum(value.numel() for value in model.parameters()))
         self.accumulate: int = self.config["gradient_accumulation_steps"]
         self._zero3 = resources.zero_stage == 3
         self._zero0 = resources.zero_stage == 0

@@ -1,5 +1,6 @@
 """A real Ray head for the session, small studies, and ways to read what a run left in MLflow and on the disk."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,10 @@ def _dashboard_answers() -> bool:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of text with some structure."""
     folder = tmp_path_factory.mktemp("corpus")
-    nouns = ["senate", "treaty", "harvest", "railway", "revenue", "frontier", "commerce", "army", "canal", "bank", "law", "town"]
+    nouns = ["senate", "treaty", "harvest", "railway", "revenue", "frontier", "commerce", "army", "canal", "bank", "law"]
     verbs = ["approves", "delays", "reports", "extends", "abolishes", "requires", "welcomes"]
     for number in range(60):
-        words = [f"{nouns[(number * 7 + i * i) % 12]} {verbs[(number + i) % 7]} {i % 37}." for i in range(160)]
+        words = [f"{nouns[(number * 7 + i * i) % 11]} {verbs[(number + i) % 7]} {i % 37}." for i in range(160)]
         (folder / f"{number:03d}.txt").write_text(" ".join(words))
     return folder
 
@@ -67,7 +69,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_study(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a small study file: write_study(steps=40, workers=2, decays=[...], ...)."""
 
-    def write(name: str = "small", decays: Any = ("hgrn2", "mamba2"), seeds: Any = (1,), steps: int = 30, **more: Any) -> Path:
+    def write(
+        name: str = "small", decays: Any = ("hgrn2", "mamba2"), seeds: Any = (1,), steps: int = 30, **more: Any
+    ) -> Path:
         study = {
             "name": name,
             "question": "does it run, stop and go on?",
@@ -95,10 +99,10 @@ def decay(process_env: dict[str, str], tmp_path: Path, root: Path) -> Callable[.
 
     def start(*arguments: str, address: str | None = None, log: str = "decay.log") -> subprocess.Popen[str]:
         env = {**process_env, **({"RAY_ADDRESS": address} if address else {})}
-        out = open(tmp_path / log, "a")  # noqa: SIM115 - the process owns it
-        return subprocess.Popen(
-            [sys.executable, "-m", "services.cli", *arguments], env=env, stdout=out, stderr=out, text=True, cwd=tmp_path
-        )
+        with open(tmp_path / log, "a") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "services.cli", *arguments], env=env, stdout=out, stderr=out, text=True, cwd=tmp_path
+            )
 
     return start
 
@@ -109,15 +113,17 @@ class Left:
     def __init__(self, storage: Path, name: str) -> None:
         self.folder = storage / name
         self.ledger = Ledger(Storage(str(self.folder)))
-        self._client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+        self._database = storage / "mlflow.db"
         self._name = name
+
+    @cached_property
+    def _client(self) -> MlflowClient:  # late: the driver makes the database, not the test
+        return MlflowClient(f"sqlite:///{self._database}")
 
     def trials(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "trials").iterdir())
 
     def result(self, trial: str, key: str) -> Any:
-        import json
-
         return json.loads((self.folder / "trials" / trial / "result.json").read_text())[key]
 
     def losses(self, trial: str) -> list[tuple[int, float]]:

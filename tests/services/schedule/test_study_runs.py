@@ -45,7 +45,7 @@ def test_a_submitted_study_ends_in_mlflow_and_a_second_submission_trains_nothing
     ray_head, write_study, process_env, tmp_path, left, root
 ):
     storage = tmp_path / "runs"
-    path = write_study("job", resources={"workers": 2, "cpus_per_worker": 0.5, "zero_stage": 2})
+    path = write_study("job", resources={"workers": 2, "zero_stage": 2, "max_concurrent_trials": 1})
     inside = root / "tune_spaces" / f"test-job-{os.getpid()}.yaml"
     inside.write_text(path.read_text())
     excludes = '{"excludes": [".venv", ".git", "runs", "tests"]}'

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of text with some structure, so that a loss can fall."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(60):
-        words = [f"{NOUNS[(number * 7 + i * i) % 12]} {VERBS[(number + i) % 7]} {i % 37}." for i in range(160)]
+        words = [f"{NOUNS[(number * 7 + i * i) % 11]} {VERBS[(number + i) % 7]} {i % 37}." for i in range(160)]
         (folder / f"{number:03d}.txt").write_text(" ".join(words))
     return folder
 
