@@ -1,5 +1,5 @@
 # Two commands for a newcomer:  make demo  (sets up, trains a small study, shows the result)   make test  (sets up, passes the tests)
-# Needs Python 3.11 or 3.12, pip and make. On a machine with an NVIDIA GPU pip brings the CUDA build of the same torch.
+# Needs Python 3.11 or 3.12, pip and make. pip takes the torch build that its index offers for the platform.
 
 PYTHON ?= python3
 VENV ?= .venv

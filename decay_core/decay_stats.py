@@ -42,6 +42,7 @@ class DecayStats:
         flat = log_decay.reshape(-1).float()
         if flat.numel() == 0:
             return
+        flat = torch.nan_to_num(flat, nan=-math.inf, posinf=None, neginf=-math.inf)  # a NaN is found by the loss, not here
         inner = torch.floor((_logit(flat) + EDGE) / _WIDTH).clamp(-1, INNER_BINS)
         index = inner.long() + 1
         self.counts[layer].scatter_add_(0, index, torch.ones_like(index))

@@ -142,7 +142,9 @@ def _local(name: str) -> Source:
         return datasets.load_dataset(reader, data_files=[str(file) for file in files], split="train",
                                      streaming=True, **options)
 
-    return Source(identity=str(path), slug=path.name.split(".")[0] or "text", licence="unknown: local files",
+    # a changed file is another source, so that an edited corpus is never served from the tokens of the old one
+    stats = [(file.relative_to(path.parent).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return Source(identity=f"{path} {stats}", slug=path.name.split(".")[0] or "text", licence="unknown: local files",
                   description=f"{len(files)} local {reader} file(s) of {path.name}", held_out_percent=1.0,
                   documents=lambda field: _rows(str(path), load, field),
                   text_bytes=lambda: sum(_text_bytes(file) for file in files))

@@ -57,6 +57,13 @@ class TokenStream:
             total += np.bincount(read_tokens(self._folder / part["file"]), minlength=entries)
         return total
 
+    def target_entropy(self, windows: int, seq_len: int) -> float:
+        """Entropy in nats of the targets of the first `windows` windows: what the held-out loss is taken on."""
+        rows = [self.window(index, seq_len)[1:] for index in range(min(windows, self.windows(seq_len)))]
+        counts = np.unique(np.concatenate(rows), return_counts=True)[1].astype(np.float64)
+        share = counts / counts.sum()
+        return float(-(share * np.log(share)).sum())
+
     def _shard(self, number: int) -> NDArray[Any]:
         if number not in self._mapped:
             self._mapped[number] = read_tokens(self._folder / self._parts[number]["file"])

@@ -16,13 +16,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from decay_core.recipe import Recipe
 from services.data.token_cache import DataSpec, TokenCache, prepare
 from services.report.histogram import draw_histogram
 from services.schedule import cluster
@@ -32,13 +33,12 @@ from services.study.lease import Heartbeat, take
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, check_unchanged, next_manifest, read_manifest, write_manifest
 from services.study.plan import Plan, Trial, make_plan
-from services.study.result import TrialResult
+from services.study.result import TrialResult, UnreadableResult
 from services.study.storage import Storage
 from services.track.courier import Courier
-from services.track.runs import MlflowException, Tracker, check_reachable, default_uri, is_file_database
+from services.track.runs import MlflowException, Tracker, TrackingError, check_reachable, default_uri, is_file_database
 
 log = logging.getLogger(__name__)
-CHECKPOINTS_KEPT = 2
 POLL_S = 1.0
 
 
@@ -66,9 +66,13 @@ def study_storage(study: Study) -> Storage:
 
 
 def tracking_uri(study: Study) -> str:
-    """The study's MLflow. Raises StudyError where there is no default: storage that is not a folder."""
-    if study.tracking.uri:
-        return study.tracking.uri
+    """The study's MLflow: the file's, else MLFLOW_TRACKING_URI, else SQLite beside the studies.
+
+    Raises StudyError where there is no default: storage that is not a folder.
+    """
+    named = study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if named:
+        return named
     root = Storage(study.storage).local_path
     if root is None:
         raise StudyError(f"storage {study.storage} is no folder, so MLflow has no default place; set tracking.uri")
@@ -88,25 +92,20 @@ def run_study(study: Study, options: Options) -> Exit:
     plan = make_plan(study)
     if old is not None:
         check_unchanged(old, plan)
-    storage.check_writable(plan.checkpoint_bytes(CHECKPOINTS_KEPT) if old is None else 0)
-    uri = tracking_uri(study)
-    check_reachable(uri)
     ledger = Ledger(storage)
     states = ledger.states(trial.id for trial in plan.trials)
+    missing = [trial for trial in plan.trials if states[trial.id].state != "finished"]
+    storage.check_writable(plan.disk_bytes(missing))
+    uri = tracking_uri(study)
+    check_reachable(uri)
     try:
-        idle = all(state.state == "finished" for state in states.values())
-        at_once = 0 if idle else _capacity(plan, uri, options)
-        cache = prepare(data_spec(study), data_cache_root(study), workers=study.data.workers)
-        _check_long_enough(cache, plan)
-        next_manifest(old, plan, data_record(cache))  # refuses other data before the lease writes anything
+        at_once = _capacity(plan, uri, options) if missing else 0
+        cache = _prepare_data(plan, old)
         lease = take(storage)
         try:
             with Heartbeat(lease, on_loss=interrupt) as heartbeat, stopped_by_sigterm():
-                ended = _Run(plan=plan, storage=storage, ledger=ledger, uri=uri, options=options).go(cache, at_once)
-            if heartbeat.lost.is_set():
-                options.say(f"study {study.name}: another driver took it over; this one stopped")
-                return Exit.INCOMPLETE
-            return ended
+                run = _Run(plan=plan, storage=storage, ledger=ledger, uri=uri, options=options, lost=heartbeat.lost)
+                return run.go(cache, at_once)
         finally:
             lease.release()
     finally:
@@ -128,6 +127,25 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _prepare_data(plan: Plan, old: Manifest | None) -> TokenCache:
+    """The tokens of a study; a cache made just now for data that is then refused is removed again."""
+    study, root = plan.study, data_cache_root(plan.study)
+    there = set(root.iterdir()) if root.exists() else None
+    cache = prepare(data_spec(study), root, workers=study.data.workers)
+    try:
+        _check_long_enough(cache, plan)
+        next_manifest(old, plan, data_record(cache, study.to_recipe()))
+    except StudyError:
+        for path in set(root.iterdir()) - (there or set()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if there is None:
+            root.rmdir()
+            with contextlib.suppress(OSError):
+                root.parent.rmdir()
+        raise
+    return cache
+
+
 def _check_long_enough(cache: TokenCache, plan: Plan) -> None:
     seq_len = plan.trials[0].recipe.seq_len
     for name, stream in (("training", cache.train), ("held-out", cache.held_out)):
@@ -146,6 +164,11 @@ def _capacity(plan: Plan, uri: str, options: Options) -> int:
             f"tracking.uri {uri} is a file and the cluster has {nodes} nodes; start `mlflow server` and give "
             "its http:// address as tracking.uri"
         )
+    if nodes > 1 and plan.study.resources.workers > 1 and Storage(plan.study.storage).local_path is None:
+        raise StudyError(
+            f"storage {plan.study.storage} is no folder and a trial's workers may lie on several of the {nodes} nodes; give a "
+            "folder that every node sees, or resources.workers: 1"
+        )
     return cluster.trials_at_once(plan.study.resources, capacity)
 
 
@@ -158,34 +181,43 @@ class _Run:
     ledger: Ledger
     uri: str
     options: Options
+    lost: threading.Event
+    _unreadable: set[str] = field(default_factory=set)
 
     def go(self, cache: TokenCache, at_once: int) -> Exit:
         say, study = self.options.say, self.plan.study
         old = read_manifest(self.storage)  # again, under the lease: another driver may have been here since
         if old is not None:
             check_unchanged(old, self.plan)
-        manifest = next_manifest(old, self.plan, data_record(cache))
+        manifest = next_manifest(old, self.plan, data_record(cache, study.to_recipe()))
         root = Storage(study.storage).local_path
         # a server keeps artifacts where it was told to; a database on this machine keeps them beside the studies
         local_store = root is not None and not self.uri.startswith("http")
-        tracker = Tracker(self.uri, root / "mlflow-artifacts" if local_store and root else None)
-        tracker.open_study(study.name, study.question)
-        courier = Courier(tracker, self.storage, manifest.started_ms, say)
         runs = {}
-        for trial in self.plan.trials:
-            run_id = tracker.open_trial(trial.id, trial.name, params_of(trial, self.plan), manifest.data)
-            courier.add(trial.id, trial.name, run_id, trial.recipe.steps)
-            runs[trial.id] = run_id
+        try:
+            tracker = Tracker(self.uri, root / "mlflow-artifacts" if local_store and root else None)
+            tracker.open_study(study.name, study.question)
+            courier = Courier(tracker, self.storage, manifest.started_ms, say)
+            for trial in self.plan.trials:
+                run_id = tracker.open_trial(trial.id, trial.name, params_of(trial, self.plan), manifest.data)
+                courier.add(trial.id, trial.name, run_id, trial.recipe.steps)
+                runs[trial.id] = run_id
+        except (MlflowException, OSError) as error:
+            raise TrackingError(f"tracking.uri {self.uri} failed ({_first_line(error)}); mend it and run again") from error
         manifest = replace(manifest, tracking={"uri": self.uri, "parent": tracker.parent, "runs": runs})
         write_manifest(self.storage, manifest)
         self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid())
         self._collect(courier)
         missing = self._missing()
         done = len(self.plan.trials) - len(missing)
-        say(f"study {study.name}: {len(self.plan.trials)} trials, {done} finished, {len(missing)} to run "
-            f"({self.plan.backend} backend, {at_once} at a time)")  # fmt: skip
+        begun = "new study" if old is None else "resuming study"
+        say(f"{begun} {study.name} in {self.storage.root}: {len(self.plan.trials)} trials, {done} finished, "
+            f"{len(missing)} to run ({self.plan.backend} backend, {at_once} at a time)")  # fmt: skip
         if missing:
             self._train(missing, manifest, courier, at_once)
+        if self.lost.is_set():
+            say(f"study {study.name}: another driver took it over; this one stopped")
+            return Exit.INCOMPLETE
         return self._end(tracker, courier)
 
     def _missing(self) -> list[Trial]:
@@ -197,18 +229,24 @@ class _Run:
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         limit = self.plan.study.tracking.log_model_max_gib * 2**30
         for trial in self.plan.trials:
-            if states[trial.id].tracked:
+            if states[trial.id].tracked_in == self.uri:
                 continue
             raw = self.storage.read(f"trials/{trial.id}/result.json")
             if raw is None:
                 continue
-            result = TrialResult.from_json(raw, where=f"{self.storage.root}/trials/{trial.id}/result.json")
+            try:
+                result = TrialResult.from_json(raw, where=f"{self.storage.root}/trials/{trial.id}/result.json")
+            except UnreadableResult as error:  # the others' results are still wanted
+                if trial.id not in self._unreadable:
+                    log.error("%s; delete that file and run again to write it anew from the last checkpoint", error)
+                self._unreadable.add(trial.id)
+                continue
             if states[trial.id].state != "finished":
                 self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss)
                 self.options.say(f"{trial.name:<34} finished: held-out loss {result.held_out_loss:.4f} nats")
             self._draw(trial)
             if courier.ready() and courier.deliver_result(trial.id, result, limit):
-                self.ledger.append("tracked", trial.id)
+                self.ledger.append("tracked", trial.id, uri=self.uri)
 
     def _draw(self, trial: Trial) -> None:
         table = self.storage.read(f"trials/{trial.id}/histograms.parquet")
@@ -233,10 +271,15 @@ class _Run:
             self._fit(missing, manifest, at_once, scratch)
         except KeyboardInterrupt:
             self.options.say("interrupted; run again to go on")
+        except Exception as error:  # Tune or Ray gave up: what workers wrote still counts, and no run may stay RUNNING
+            log.debug("Tune", exc_info=True)
+            self.options.say(f"Ray ended the run ({_first_line(error)}); run again to go on")
         finally:
             stop.set()
             thread.join()
             shutil.rmtree(scratch, ignore_errors=True)
+        if self.lost.is_set():  # the study belongs to another driver now: write nothing more
+            return
         courier.patient = False  # the last chance of this run: ask once more whatever happened before
         courier.poll()
         self._collect(courier)
@@ -268,7 +311,7 @@ class _Run:
         ).fit()
         for result in grid:
             if result.error is not None and result.config:
-                reason = str(result.error).strip().splitlines()[-1][:500]
+                reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1][:500]
                 self.ledger.append("failed", result.config["trial"], reason=f"workers died: {reason}")
 
     def _end(self, tracker: Tracker, courier: Courier) -> Exit:
@@ -280,11 +323,11 @@ class _Run:
             if state.state != "finished":
                 courier.mark_ended(trial, "FAILED" if state.state == "failed" else "KILLED")
         complete = all(state.state == "finished" for state in states.values())
-        tracked = all(state.tracked for state in states.values())
+        tracked = all(state.tracked_in == self.uri for state in states.values())
         try:
             tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
         except (MlflowException, OSError) as error:
-            log.warning("MLflow did not take the end of the study (%s); run again to send it", str(error).splitlines()[0])
+            log.warning("MLflow did not take the end of the study (%s); run again to send it", _first_line(error))
             tracked = False
         if complete and tracked:
             return Exit.COMPLETE
@@ -296,8 +339,9 @@ def data_spec(study: Study) -> DataSpec:
     return DataSpec(**study.data.model_dump(exclude={"workers"}))
 
 
-def data_record(cache: TokenCache) -> dict[str, Any]:
-    """What the manifest keeps of the data."""
+def data_record(cache: TokenCache, recipe: Recipe) -> dict[str, Any]:
+    """What the manifest keeps of the data; the entropy and the tokens are those that the held-out loss is taken on."""
+    windows = min(recipe.eval_sequences, cache.held_out.windows(recipe.seq_len))
     manifest = cache.manifest
     return {
         "digest": cache.digest,
@@ -305,8 +349,8 @@ def data_record(cache: TokenCache) -> dict[str, Any]:
         "source": str(manifest["source"]["name"]),
         "description": str(manifest["source"]["description"]),
         "spec": manifest["spec"],
-        "unigram_entropy_nats": manifest["unigram_entropy_nats"],
-        "held_out_tokens": cache.held_out.n_tokens,
+        "unigram_entropy_nats": cache.held_out.target_entropy(windows, recipe.seq_len),
+        "held_out_tokens": windows * (recipe.seq_len - 1),
         "train_tokens": cache.train.n_tokens,
     }
 
@@ -337,21 +381,26 @@ def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest) -> di
 
 def params_of(trial: Trial, plan: Plan) -> dict[str, Any]:
     """What MLflow shows as parameters and compares on resume."""
-    point = {key: value for key, value in trial.point.to_dict().items()}
     resources = plan.study.resources
     flat = {f"recipe.{key}": value for key, value in trial.content["recipe"].items()}
+    flat |= {f"data.{key}": value for key, value in trial.content["data"].items()}
     return {
-        **point,
+        **trial.point.to_dict(),
         "method": trial.point.name,
         "size": trial.size,
         "seed": trial.seed,
         "parameters": trial.parameters,
-        "source": plan.study.data.source,
-        "tokenizer": plan.study.data.tokenizer,
+        "inner_gain_init": trial.config.inner_gain,
         "workers": resources.workers,
+        "threads_per_worker": resources.threads_per_worker,
         "zero_stage": resources.zero_stage,
+        "micro_batch_size": resources.micro_batch_size,
         **flat,
     }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def to_stderr(line: str) -> None:

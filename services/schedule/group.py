@@ -6,6 +6,7 @@ snapshot is written in place and a cut one blocks a run for good), and nothing i
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from typing import Any
@@ -55,5 +56,8 @@ def train_in_group(job: TrialJob, cpus: float, max_failures: int) -> dict[str, A
             failure_config=train.FailureConfig(max_failures=max_failures),
         ),
     )
-    answer = trainer.fit().return_value
-    return dict(answer)
+    try:
+        answer: dict[str, Any] = trainer.fit().return_value
+        return answer
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -31,12 +31,13 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialState:
-    """What the ledger says of one trial: waiting, started, failed or finished; how often it was started; why it failed."""
+    """What the ledger says of one trial: its state, how often it was started, why it failed, which MLflow has all of it."""
 
     state: Literal["waiting", "started", "failed", "finished"]
     attempts: int = 0
     reason: str = ""
     tracked: bool = False
+    tracked_in: str = ""
 
 
 class Ledger:
@@ -92,8 +93,9 @@ def _parse(raw: bytes) -> Event:
 def _next_state(old: TrialState, event: Event) -> TrialState:
     attempts = old.attempts + (event.kind == "attempt")
     tracked = old.tracked or event.kind == "tracked"
+    where = str(event.details.get("uri", "")) if event.kind == "tracked" else old.tracked_in
     if old.state == "finished" or event.kind in ("finished", "tracked"):
-        return TrialState(state="finished", attempts=attempts, tracked=tracked)
+        return TrialState(state="finished", attempts=attempts, tracked=tracked, tracked_in=where)
     if event.kind == "failed":
         return TrialState(state="failed", attempts=attempts, reason=str(event.details.get("reason", "")))
     return TrialState(state="started", attempts=attempts)

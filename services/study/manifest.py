@@ -20,7 +20,7 @@ NAME = "study.json"
 FREE = {
     "space", "sizes", "seeds", "budget", "question", "storage", "data.workers", "resources.backend",
     "resources.max_concurrent_trials", "resources.max_failures", "resources.assumed_gflops_per_worker",
-    "resources.cpus_per_worker", "tracking.log_model_max_gib",
+    "resources.cpus_per_worker", "tracking",
 }  # fmt: skip
 
 

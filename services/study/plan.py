@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,15 @@ from decay_core.sizes import get_size
 from services.study.file import DecayChoice, Grid, Study, StudyError
 from services.study.storage import canonical_json
 
-# Sustained rates used for estimates until the store has a measured one: one CPU thread on small matrices, and bf16 on an
+# Sustained rates used for estimates: one CPU thread on small matrices, and bf16 on an
 # H100-class GPU at 30 % of its dense peak. Stated in the plan; `resources.assumed_gflops_per_worker` replaces them.
 CPU_GFLOPS_PER_THREAD = 15.0
 GPU_GFLOPS = 240_000.0
 # A Train group costs 16-23 s to start and stop, a warm worker 0.3 s: below this length the warm pool is worth it.
 WARM_BELOW_S = 900.0
-BYTES_PER_PARAMETER_SAVED = 12  # fp32 weight and two Adam moments
+BYTES_PER_PARAMETER_SAVED = 16  # fp32 weight, two Adam moments, and ZeRO 1 and 2 save a second fp32 weight
+CHECKPOINTS = 3  # two are kept while the next is written
+FINAL_COPIES = 2  # the final weights lie with the trial and in MLflow
 SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20  # as services/data/tokenizers.py trains them; a test holds the two together
 
 
@@ -85,10 +88,10 @@ class Plan:
         """Estimated hours of workers over all trials."""
         return sum(self.seconds(trial) for trial in self.trials) * self.study.resources.workers / 3600
 
-    def checkpoint_bytes(self, kept: int) -> int:
-        """Disk for `kept` checkpoints of every trial and the final weights."""
-        per_parameter = kept * BYTES_PER_PARAMETER_SAVED + 4
-        return sum(trial.parameters for trial in self.trials) * per_parameter
+    def disk_bytes(self, trials: Iterable[Trial]) -> int:
+        """Disk that `trials` take at most: checkpoints and final weights. Tokens are counted where they are made."""
+        per_parameter = CHECKPOINTS * BYTES_PER_PARAMETER_SAVED + FINAL_COPIES * 4
+        return sum(trial.parameters for trial in trials) * per_parameter
 
 
 def vocabulary(tokenizer: str) -> int:

@@ -38,7 +38,7 @@ def show_plan(study: Study, console: Console) -> Plan:
         f"{len(plan.trials)} trials, {plan.backend} backend, {resources.workers} worker(s) each "
         f"(ZeRO {resources.zero_stage}, {resources.gpus_per_worker:g} GPU, {resources.cpus_per_worker:g} CPU a worker); "
         f"about {plan.worker_hours:.3g} worker-hours in all at {_rate(plan)}; "
-        f"{plan.checkpoint_bytes(kept=2) / 2**30:.2f} GiB of checkpoints and weights."
+        f"{plan.disk_bytes(plan.trials) / 2**30:.2f} GiB of checkpoints and weights."
     )
     if plan.refused:
         refused = Table(title=f"{len(plan.refused)} cells refused", title_justify="left")

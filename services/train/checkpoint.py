@@ -71,6 +71,10 @@ def save(
     digests = _gather(_digest_own(Path(scratch), world), world)
     digest = ""
     if world.leads:
+        listed = {name for part in digests for name in part}
+        there = {path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file()}
+        if listed != there:  # a network file system showed the ranks different listings
+            raise OSError(f"{scratch}: the ranks digested {len(listed)} files, there are {len(there)}")
         digest = _commit(storage, name, Path(scratch), position, {k: v for part in digests for k, v in part.items()})
         _retain(storage)
     return _agree(digest, world)
@@ -106,8 +110,8 @@ def load(engine: Engine, storage: Storage, name: str, complete: dict[str, Any], 
     copy: AbstractContextManager[Path] = storage.local_copy(f"{FOLDER}/{name}")
     with copy as folder:
         try:
-            engine.load(str(folder), TAG)
             restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
+            engine.load(str(folder), TAG)
         except pickle.UnpicklingError as error:
             raise TrialFailed(
                 f"checkpoint {storage.root}/{FOLDER}/{name} holds more than tensors and was refused (weights_only); "

@@ -23,6 +23,7 @@ from decay_core.recipe import Recipe, parameter_groups
 from services.train.job import Resources, World
 
 LARGEST_BUCKET = 200_000_000  # elements; DeepSpeed's advice for one node
+LARGEST_PERSISTENT = 100_000  # elements; ZeRO-3 keeps smaller parameters whole (DeepSpeed's default, scaled to the model)
 IGNORED = -100  # the target that torch's cross-entropy leaves out
 
 
@@ -95,6 +96,7 @@ def deepspeed_config(recipe: Recipe, resources: Resources, parameters: int) -> d
             "reduce_scatter": True,
             "reduce_bucket_size": min(LARGEST_BUCKET, parameters),
             "allgather_bucket_size": min(LARGEST_BUCKET, parameters),
+            "stage3_param_persistence_threshold": min(LARGEST_PERSISTENT, parameters // 100),
         },
         "zero_allow_untested_optimizer": True,
         "checkpoint": {"use_node_local_storage": False, "load_universal": False},

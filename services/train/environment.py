@@ -1,4 +1,4 @@
-"""What a process must know before torch and DeepSpeed are imported: its threads and its quiet."""
+"""What a process must know before it makes its first CUDA context and imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def prepare_process(threads: int, gpus: float) -> None:
-    """Sets environment variables that are read at import time. Call it first in every worker."""
+    """Sets environment variables of this process. Call it first in every worker; the loop sets torch's threads."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

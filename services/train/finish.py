@@ -33,7 +33,6 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     job, recipe, progress = trainer.job, trainer.recipe, trainer.progress
     losses = [record["train/loss"] for record in parse(trainer.log.content())]
     tokens = recipe.steps * recipe.batch_size * recipe.seq_len
-    manifest = trainer.cache.manifest
     result = TrialResult(
         trial_id=job.trial,
         name=job.name,
@@ -46,7 +45,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         tokens=tokens,
         held_out_loss=progress.held_out_loss,
         train_loss_last_100=sum(losses[-LAST_LOSSES:]) / len(losses[-LAST_LOSSES:]),
-        unigram_entropy=manifest["unigram_entropy_nats"],
+        unigram_entropy=trainer.cache.held_out.target_entropy(recipe.eval_sequences, recipe.seq_len),
         vocab_size=job.model_config.vocab_size,
         tokens_per_second=tokens / progress.train_seconds,
         wall_s=progress.train_seconds,

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,12 @@ class Trainer:
         if judge:
             self.progress.held_out_loss = self.held_out_loss(recipe.eval_sequences)
             self._pending[-1]["held_out/loss"] = self.progress.held_out_loss
+        self._check_finite()
         if observed:
             stats = self.telemetry.reduce()
             self._pending[-1].update(as_metrics(stats))
             if self.world.leads:
                 write_histogram(self.storage, done, stats)
-        self._check_finite()
         if self.log is not None:
             self.log.append(self._pending)
         self._pending.clear()
@@ -167,8 +168,8 @@ class Trainer:
 
     def _check_finite(self) -> None:
         for record in self._pending:
-            for key in ("train/loss", "train/grad_norm"):
-                if not is_finite(record[key]):
+            for key in ("train/loss", "train/grad_norm", "held_out/loss"):
+                if not is_finite(record.get(key, 0.0)):
                     raise TrialFailed(
                         f"{key} is {record[key]} at step {record['step']}; last checkpoint kept; "
                         "lower recipe.lr or raise precision, under another study name"
@@ -231,6 +232,28 @@ class Trainer:
             dist.broadcast_object_list(box, 0)
 
 
+def together(world: World, call: Callable[[], Any]) -> Any:
+    """The value of `call` on this rank, unless it is refused on any rank: then every rank raises TrialFailed.
+
+    Without this the refusing rank would leave and the others wait for it in their next collective.
+    """
+    value, reason = None, ""
+    try:
+        value = call()
+    except ValueError as refusal:  # the data's own errors
+        reason = str(refusal)
+    except TrialFailed as refusal:
+        reason = str(refusal)
+    reasons = [reason]
+    if world.size > 1:
+        reasons = [""] * world.size
+        dist.all_gather_object(reasons, reason)
+    for rank, said in enumerate(reasons):
+        if said:
+            raise TrialFailed(said if world.size == 1 else f"rank {rank}: {said}")
+    return value
+
+
 def _outcome(call: Any) -> Any:
     """The value of a call, or the message of its refusal, so that all ranks hear the same."""
     try:
@@ -245,7 +268,8 @@ def open_data(job: TrialJob) -> TokenCache:
     Raises TrialFailed when the digest is not the study's.
     """
     path = Path(job.data["path"])
-    cache = open_cache(path) if path.exists() else prepare(DataSpec(**job.data["spec"]), path.parent, progress=False)
+    complete = (path / "manifest.json").exists()
+    cache = open_cache(path) if complete else prepare(DataSpec(**job.data["spec"]), path.parent, progress=False)
     if cache.digest != job.data["digest"]:
         raise TrialFailed(
             f"data at {cache.path} has digest {cache.digest[:12]}, the study started with {job.data['digest'][:12]}; "
@@ -261,7 +285,7 @@ def train_trial(job: TrialJob, world: World) -> dict[str, Any]:
     """
     resources = job.rank_resources
     make_deterministic(resources.threads, resources.deterministic)
-    cache = open_data(job)
+    cache: TokenCache = together(world, lambda: open_data(job))
     model = build_model(job.model_config, seed=job.seed)
     seed_rank(job.seed, world.rank)
     with one_engine(model, job.training_recipe, resources, world) as engine:

@@ -79,3 +79,12 @@ def test_profile_takes_lower_medians_over_positions_and_channels(point):
         assert row["median"] == decay.median().item()
         assert row["min"] <= row["p25"] <= row["median"] <= row["p75"] <= row["max"]
         assert row["mean"] == pytest.approx(decay.mean().item())
+
+
+def test_a_nan_is_counted_at_the_bottom_and_never_crashes_the_step():
+    stats = DecayStats(1, "cpu")
+    stats.observe(0, torch.tensor([math.nan, math.log(0.5), 0.0]))
+    counts, extremes = stats.tensors()
+    assert int(counts.sum()) == 3
+    assert int(counts[0, 0]) == 1
+    assert extremes[0].tolist() == [0.0, 1.0]

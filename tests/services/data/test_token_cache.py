@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +243,22 @@ def test_damaged_shard_is_named_and_rebuilt_into_the_same_tokens(
     assert {name: (cache.path / name).stat().st_mtime_ns for name in others} == others
 
 
+def test_an_edited_corpus_is_not_served_from_the_tokens_of_the_old_one(
+        corpus: Path, texts: list[str], tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    old = make(corpus, tmp_path, tokenizer="gpt2")
+    shutil.rmtree(corpus)
+    write_jsonl(corpus, [*texts[:5], texts[5][::-1], *texts[6:]])  # the same number of bytes
+    new = make(corpus, tmp_path, tokenizer="gpt2")
+    assert new.digest != old.digest
+    assert make(corpus, tmp_path, tokenizer="gpt2").path == new.path != old.path
+
+
 def test_damage_is_not_repaired_with_other_text(
-        corpus: Path, texts: list[str], tmp_path: Path, small_batches: None, write_jsonl: Callable[..., Path]) -> None:
+        corpus: Path, texts: list[str], tmp_path: Path, small_batches: None, write_jsonl: Callable[..., Path],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source whose name stays while its text changes, as a data set on a hub may."""
+    local = sources._local
+    monkeypatch.setattr(sources, "_local", lambda name: replace(local(name), identity=name))
     cache = make(corpus, tmp_path, tokenizer="gpt2")
     before = {file.name: file.read_bytes() for file in cache.path.iterdir()}
     for changed in ([*texts[:5], "new", *texts[6:]], texts[:-30], [*texts, "one more"]):

@@ -34,8 +34,9 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, process_env: dict[str, st
         f"--dashboard-port={DASHBOARD}", f"--ray-client-server-port={CLIENT}", f"--temp-dir={temp}",
         "--disable-usage-stats", "--dashboard-host=127.0.0.1",
     ]  # fmt: skip
+    env = {**process_env, "PATH": os.pathsep.join([str(Path(sys.executable).parent), process_env["PATH"]])}  # as activated
     with open(log, "w") as out:
-        subprocess.run(command, env=process_env, stdout=out, stderr=out, check=True, timeout=120)
+        subprocess.run(command, env=env, stdout=out, stderr=out, check=True, timeout=120)
     wait_for(_dashboard_answers, 120, "Ray's dashboard")
     yield {"address": f"127.0.0.1:{PORT}", "dashboard": f"http://127.0.0.1:{DASHBOARD}"}
     for process in psutil.process_iter(["cmdline"]):  # only this head's processes: a user's Ray is left alone
@@ -82,7 +83,7 @@ def write_study(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
                 "steps": steps, "batch_size": 8, "seq_len": 32, "lr": 0.003, "eval_every": 20, "eval_sequences": 4,
                 "checkpoint_every": 10, "telemetry_every": 10, **more.pop("recipe", {}),
             },
-            "data": {"source": str(corpus), "tokenizer": "bpe-300", "held_out_percent": 10},
+            "data": more.pop("data", {"source": str(corpus), "tokenizer": "bpe-300", "held_out_percent": 10}),
             "resources": {"workers": 1, "cpus_per_worker": 1, **more.pop("resources", {})},
             **more,
         }  # fmt: skip

@@ -70,7 +70,7 @@ def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp
             {**whole, "recipe": {**whole["recipe"], **(recipe or {})}, "resources": {**whole["resources"], **changes}}
         )
         plan = make_plan(study)
-        manifest = Manifest(study={}, trials={}, data=data_record(cache), started_ms=0)
+        manifest = Manifest(study={}, trials={}, data=data_record(cache, study.to_recipe()), started_ms=0)
         job = job_of(replace(plan.trials[0], id="trial"), plan, Storage(str(tmp_path / name)), manifest)
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(job))

@@ -87,7 +87,7 @@ def test_a_checkpoint_that_carries_code_is_refused(train, tmp_path):
 
 
 def test_losses_that_are_not_finite_stop_a_trial_and_accumulation_does_not_change_the_batch(train):
-    wild = {"lr": 1e12, "warmup_steps": 0, "decay_steps": 0, "grad_clip": 1e12}
+    wild = {"lr": 1e12, "warmup_steps": 0, "decay_steps": 0, "grad_clip": 1e12, "checkpoint_every": 12, "eval_every": 12}
     burnt, whole, parts = train(
         {"name": "burnt", "recipe": wild},
         {"name": "whole", "micro_batch_size": 8},
