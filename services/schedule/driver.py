@@ -130,17 +130,17 @@ def stopped_by_sigterm() -> Iterator[None]:
 def _prepare_data(plan: Plan, old: Manifest | None) -> TokenCache:
     """The tokens of a study; a cache made just now for data that is then refused is removed again."""
     study, root = plan.study, data_cache_root(plan.study)
-    there = set(root.iterdir()) if root.exists() else None
+    there = set(root.iterdir()) if root.exists() else set()
     cache = prepare(data_spec(study), root, workers=study.data.workers)
     try:
         _check_long_enough(cache, plan)
         next_manifest(old, plan, data_record(cache, study.to_recipe()))
     except StudyError:
-        for path in set(root.iterdir()) - (there or set()):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if there is None:
-            root.rmdir()
-            with contextlib.suppress(OSError):
+        if cache.path not in there:
+            shutil.rmtree(cache.path)
+            cache.path.with_name(f"{cache.path.name}.lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # only where nothing else is in them
+                root.rmdir()
                 root.parent.rmdir()
         raise
     return cache
