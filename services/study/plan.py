@@ -22,10 +22,10 @@ from decay_core.sizes import get_size
 from services.study.file import DecayChoice, Grid, Study, StudyError
 from services.study.storage import canonical_json
 
-# Sustained rates used for estimates: one CPU thread on small matrices, and bf16 on an
-# H100-class GPU at 30 % of its dense peak. Stated in the plan; `resources.assumed_gflops_per_worker` replaces them.
-CPU_GFLOPS_PER_THREAD = 15.0
-GPU_GFLOPS = 240_000.0
+# Sustained rates used for estimates, as benchmarks/step_rate.py measures them with the chunked scan: one CPU thread of two busy
+# ones at nano size, and an H100 in bf16 at 160M to 410M. `resources.assumed_gflops_per_worker` replaces them.
+CPU_GFLOPS_PER_THREAD = 30.0
+GPU_GFLOPS = 45_000.0
 # A Train group costs 16-23 s to start and stop, a warm worker 0.3 s: below this length the warm pool is worth it.
 WARM_BELOW_S = 900.0
 BYTES_PER_PARAMETER_SAVED = 16  # fp32 weight, two Adam moments, and ZeRO 1 and 2 save a second fp32 weight

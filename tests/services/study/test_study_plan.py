@@ -141,14 +141,14 @@ def test_a_backend_that_is_asked_for_is_taken(study, asked):
         assert make_plan(study(resources={"backend": asked, "assumed_gflops_per_worker": rate})).backend == asked
 
 
-def test_an_assumed_rate_goes_before_a_measured_one_and_that_before_the_guess(study):
+def test_a_given_rate_goes_before_the_assumed_one_which_grows_with_threads(study):
     assert make_plan(study(resources={"assumed_gflops_per_worker": 7.0})).gflops_per_worker == 7.0
+    assert make_plan(study(resources={"threads_per_worker": 3})).gflops_per_worker == 90.0
 
 
 def test_two_ranks_on_one_gpu_are_refused_before_nccl_does(study):
     with pytest.raises(StudyError, match="puts two ranks on one GPU, which NCCL refuses"):
         make_plan(study(resources={"workers": 2, "gpus_per_worker": 0.5}))
-    assert make_plan(study(resources={"threads_per_worker": 3})).gflops_per_worker == 45.0
 
 
 def test_the_estimate_is_six_flops_a_parameter_and_token_without_the_embedding(study):

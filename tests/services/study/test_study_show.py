@@ -32,7 +32,7 @@ def test_the_plan_lists_every_trial_with_its_id_and_cost(study, console):
         assert f"{trial.parameters:,}" in row(text, trial.name, trial.id) and f"{trial.tokens:,}" in row(text, trial.id)
     assert "plan of small: does it plan?" in text
     assert "12 trials, warm backend, 2 worker(s) each (ZeRO 0, 0 GPU, 1 CPU a worker)" in text
-    assert "15 GFLOP/s a worker (assumed: 15 a thread)" in text and "refused" not in text
+    assert "30 GFLOP/s a worker (assumed: 30 a thread)" in text and "refused" not in text
 
 
 def test_the_plan_lists_refused_cells_with_reason_and_nearest(study, console):
