@@ -1,4 +1,4 @@
-"""A real Ray head for the session, small studies, and ways to read what a run left in MLflow and on the disk."""
+"""A real Ray head for the file that asks for it, small studies, and ways to read what a run left in MLflow and on the disk."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from services.train.step_log import parse
 PORT, DASHBOARD, CLIENT = 26379, 28265, 21001
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_head(tmp_path_factory: pytest.TempPathFactory, process_env: dict[str, str]) -> Iterator[dict[str, str]]:
     """A head node of its own, with a dashboard for jobs; yields the addresses."""
     temp = Path(f"/tmp/decay-test-{os.getpid()}")  # short: Ray's sockets live below it

@@ -1,10 +1,12 @@
 """A tiny corpus and a way to train a trial on real processes without Ray."""
 
 import json
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,10 +89,7 @@ def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp
             )
             for rank in range(workers)
         ]  # fmt: skip
-        if kill_at:
-            processes[victim].wait(timeout=300)
-            for process in processes:
-                process.kill()
+        _end_together(processes)
         outputs = [process.communicate(timeout=400) for process in processes]
         assert kill_at or all(process.returncode == 0 for process in processes), outputs
         assert not kill_at or processes[victim].returncode == -signal.SIGKILL, outputs
@@ -127,7 +126,24 @@ class Outcome:
         return [record["train/loss"] for record in self.steps]
 
 
+def _end_together(processes: list[subprocess.Popen[str]]) -> None:
+    """Waits for all; when one dies the others, which would wait for it in a collective, are killed."""
+    end = time.monotonic() + 300
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes) or time.monotonic() > end:
+            time.sleep(2.0)  # let the others say what they have to say
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below the range that the system hands out by itself: a job may bind it seconds after it was chosen here."""
+    while True:
+        port = random.randint(22_000, 25_999)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
