@@ -9,8 +9,8 @@ from design_points import INVALID, VALID, every_point
 
 from decay_core import decays
 from decay_core.design import DesignPoint, Misspelt, Refusal
-from decay_core.objection import KINDS
 from decay_core.model import ModelConfig
+from decay_core.objection import KINDS
 from decay_core.sizes import SIZES, get_size
 
 
@@ -144,6 +144,6 @@ def test_model_configuration_survives_json():
 
 
 def test_unknown_size_names_the_known_ones():
-    with pytest.raises(ValueError, match="known sizes: nano, micro, mini, 160M, 410M, 1.45B, 3B, 7B, 13B"):
+    with pytest.raises(ValueError, match=r"known sizes: nano, micro, mini, 160M, 410M, 1\.45B, 3B, 7B, 13B"):
         get_size("70B")
     assert all(size.d_model == size.heads * size.head_dim for size in SIZES.values())

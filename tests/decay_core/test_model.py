@@ -9,7 +9,7 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from design_points import MODELS, VALID
+from design_points import MODELS
 from formulas import sigmoid, silu
 
 from decay_core import decays, layers
