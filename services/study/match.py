@@ -31,7 +31,7 @@ def matched(configs: Sequence[ModelConfig]) -> list[ModelConfig]:
         if abs(residual(config, target)) > LARGEST_RESIDUAL:
             raise StudyError(
                 f"match: parameters cannot be had at size {config.size.name}: {config.point.name} stays "
-                f"{residual(config, target):+.2%} from {first.point.name} (widths go in steps of {STEP}, 0.1 % is asked "
+                f"{residual(config, target):+.3%} from {first.point.name} (widths go in steps of {STEP}, 0.1 % is asked "
                 "for); take a larger size, or match: none"
             )
     return found
