@@ -71,6 +71,7 @@ def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp
         changed = {
             "recipe": {**whole["recipe"], **(recipe or {})},
             "space": [grid] if grid else whole["space"],
+            "vary": changes.pop("vary", {}),
             "resources": {**whole["resources"], **changes},
         }
         study = Study.model_validate({**whole, **changed})
