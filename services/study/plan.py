@@ -19,7 +19,7 @@ from decay_core.design import DesignPoint, Misspelt, Refusal
 from decay_core.model import ModelConfig, count_parameters
 from decay_core.recipe import Recipe
 from decay_core.sizes import get_size
-from services.study.file import DecayChoice, Grid, Study, StudyError
+from services.study.file import Data, DecayChoice, Grid, Study, StudyError
 from services.study.storage import canonical_json
 
 # Sustained rates used for estimates, as benchmarks/step_rate.py measures them with the chunked scan: one CPU thread of two busy
@@ -107,6 +107,10 @@ def vocabulary(tokenizer: str) -> int:
     )
 
 
+def _vocab_size(data: Data) -> int:
+    return vocabulary(data.tokenizer) if data.recall is None else data.recall.vocab_size
+
+
 def cells(study: Study) -> list[Cell]:
     """Every distinct cell of the study's space, in file order.
 
@@ -176,6 +180,8 @@ def _resolve(study: Study) -> Plan:
         if not cell.reason
         for seed in dict.fromkeys(study.seeds)
     )
+    for trial in trials:
+        study.data.check_length(trial.recipe.seq_len)
     rate = study.resources.assumed_gflops_per_worker or _assumed_gflops(study)
     refused = tuple(cell for cell in judged if cell.reason)
     draft = Plan(study=study, trials=trials, refused=refused, backend="warm", gflops_per_worker=rate)
@@ -188,7 +194,7 @@ def _trial(study: Study, point: DesignPoint, size: str, seed: int) -> Trial:
     config = ModelConfig(
         point=point,
         size=get_size(size),
-        vocab_size=vocabulary(study.data.tokenizer),
+        vocab_size=_vocab_size(study.data),
         inner_gain_init=study.model.inner_gain_init,
     )
     recipe = study.to_recipe()
