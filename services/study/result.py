@@ -73,7 +73,7 @@ class TrialResult(_Record):
     Losses and `unigram_entropy` are nats per token; `wall_s` is seconds; `tokens` counts tokens trained on.
     `unigram_entropy` is the entropy of the held-out tokens' frequencies: the loss of a model that knows only those.
     The accuracies are of recall tasks: the share of held-out answers that are the likeliest token, and of sequences with no
-    wrong answer. `state_size` counts the numbers that the model keeps of one sequence while decoding.
+    wrong answer. `state_size` counts the numbers that the model keeps of one sequence after `seq_len` tokens.
     """
 
     trial_id: Annotated[str, Field(min_length=1)]

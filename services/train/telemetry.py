@@ -55,16 +55,20 @@ class Telemetry:
 
 
 def as_metrics(stats: DecayStats) -> dict[str, float]:
-    """Scalars named like `decay/layer_03/p50` (layers from 1)."""
+    """Scalars named like `decay/layer_03/p50` (layers from 1); none for a layer without λ."""
     return {
         f"decay/layer_{layer + 1:02d}/{key}": min(summary[key], LONGEST_HORIZON)
         for layer, summary in enumerate(stats.summary())
         for key in METRICS
+        if summary
     }
 
 
 def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
-    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out."""
+    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out.
+
+    Stores nothing for a model without λ.
+    """
     counts, _ = stats.tensors()
     rows: list[dict[str, Any]] = []
     edges = [-math.inf, *bin_edges(), math.inf]
@@ -81,18 +85,22 @@ def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
                         "count": count,
                     }
                 )
+    if not rows:
+        return
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     storage.write(f"{FOLDER}/step_{step:08d}.parquet", sink.getvalue())
 
 
-def merge_histograms(storage: Storage, last_step: int) -> bytes:
-    """All telemetry steps up to `last_step` as one Parquet file."""
+def merge_histograms(storage: Storage, last_step: int) -> bytes | None:
+    """All telemetry steps up to `last_step` as one Parquet file, None where there are none."""
     parts = []
     for name in storage.list(FOLDER):
         if name.endswith(".parquet") and int(name[5:13]) <= last_step:
             data = storage.read(f"{FOLDER}/{name}")
             parts.append(pq.read_table(io.BytesIO(data or b"")))
+    if not parts:
+        return None
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables(parts), sink)
     return sink.getvalue()
