@@ -69,7 +69,7 @@ def spec_of(keys: dict[str, Any]) -> DataSpec | Task:
 
 
 def prepare_corpus(spec: DataSpec | Task, root: Path, *, workers: int = 1, progress: bool = True) -> Corpus:
-    """Makes or opens the data below `root`; a task makes no files. Raises what `prepare` raises, and RecallError."""
+    """Makes or opens the data below `root`; a task makes no files. Raises what `prepare` raises, or TaskError."""
     if isinstance(spec, Task):
         return RecallData(spec, root)
     return prepare(spec, root, workers=workers, progress=progress)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.data.shards import SPLITS
-from services.study.recall_task import Induction, Mqar, Needle, Task, check_length
+from services.study.recall_task import Induction, Mqar, Needle, Task, TaskError, check_length
 
 FORMAT = 1  # raise it when an example of equal keys changes
 NO_TARGET = -100
@@ -30,10 +30,6 @@ ATTEMPTS = 1000  # the chance that a split with a fair share of the examples mis
 DIGESTED, DIGESTED_LENGTH = 8, 64  # examples a split, tokens (more where the task needs more)
 
 Tokens = NDArray[np.int64]
-
-
-class RecallError(ValueError):
-    """A task that cannot be generated; the message is one line."""
 
 
 class Draws:
@@ -113,7 +109,7 @@ class ExampleStream:
         self._draws: dict[int, Draws] = {}  # by seq_len
 
     def windows(self, seq_len: int) -> int:
-        """How many examples there are. Raises ValueError where `seq_len` does not hold one, or none is to be found."""
+        """How many examples there are. Raises TaskError where `seq_len` does not hold one, or none is to be found."""
         check_length(self._task, seq_len)
         self.example(0, seq_len)
         return self._count
@@ -133,7 +129,7 @@ class ExampleStream:
             tokens, targets = _GENERATORS[type(self._task)](self._task, draws, seq_len)
             if is_held_out(tokens) == (self._split == "held_out"):
                 return tokens, targets
-        raise RecallError(
+        raise TaskError(
             f"data.source {self._task.name}: no {self._split} example in {ATTEMPTS} draws, the task has too few different ones; "
             "raise data.recall's vocab_size or recipe.seq_len"
         )

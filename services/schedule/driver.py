@@ -136,7 +136,7 @@ def _prepare_data(plan: Plan, old: Manifest | None) -> Corpus:
     cache = prepare_corpus(data_spec(study), root, workers=study.data.workers)
     try:
         _check_long_enough(cache, plan)
-        next_manifest(old, plan, data_record(cache, study.to_recipe()))
+        next_manifest(old, plan, data_record(cache, plan.trials[0].recipe))
     except StudyError:
         if cache.path not in there:
             shutil.rmtree(cache.path, ignore_errors=True)  # a recall task has no files
@@ -149,7 +149,7 @@ def _prepare_data(plan: Plan, old: Manifest | None) -> Corpus:
 
 
 def _check_long_enough(cache: Corpus, plan: Plan) -> None:
-    seq_len = plan.trials[0].recipe.seq_len
+    seq_len = max(trial.recipe.seq_len for trial in plan.trials)
     for name, stream in (("training", cache.train), ("held-out", cache.held_out)):
         if stream.windows(seq_len) < 1:
             raise StudyError(
@@ -191,7 +191,7 @@ class _Run:
         old = read_manifest(self.storage)  # again, under the lease: another driver may have been here since
         if old is not None:
             check_unchanged(old, self.plan)
-        manifest = next_manifest(old, self.plan, data_record(cache, study.to_recipe()))
+        manifest = next_manifest(old, self.plan, data_record(cache, self.plan.trials[0].recipe))
         root = Storage(study.storage).local_path
         # a server keeps artifacts where it was told to; a database on this machine keeps them beside the studies
         local_store = root is not None and not self.uri.startswith("http")

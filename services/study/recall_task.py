@@ -20,6 +20,10 @@ Count = Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
 Examples = Annotated[int, Field(ge=1, le=MOST_EXAMPLES)]
 
 
+class TaskError(ValueError):
+    """A task that cannot be generated as asked for; the message is one line."""
+
+
 class Task(BaseModel):
     """What all tasks share. `about` is one sentence for reports; the numbers of examples do not change what an example is."""
 
@@ -133,27 +137,27 @@ TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Mqar, Induction, Ne
 def read_task(source: str, values: Any) -> Task | None:
     """The task called `source` with the keys `values` (None: all defaults), or None where `source` is text.
 
-    Raises ValueError, one line that names the key.
+    Raises TaskError, one line that names the key.
     """
     kind = TASKS.get(source)
     if kind is None:
         if values is not None:
-            raise ValueError(f"source {source!r} is text; leave recall out, or name a task as source: {', '.join(TASKS)}")
+            raise TaskError(f"source {source!r} is text; leave recall out, or name a task as source: {', '.join(TASKS)}")
         return None
     if isinstance(values, kind):
         return values
     if not isinstance(values, dict | None):
-        raise ValueError(f"takes keys of the task {source}, such as {{vocab_size: 256}}; correct it in the file")
+        raise TaskError(f"takes keys of the task {source}, such as {{vocab_size: 256}}; correct it in the file")
     try:
         return kind.model_validate(values or {})
     except ValidationError as error:
-        raise ValueError(_first_problem(kind, error)) from error
+        raise TaskError(_first_problem(kind, error)) from error
 
 
 def check_length(task: Task, seq_len: int) -> None:
-    """Raises ValueError where a sequence of `seq_len` tokens does not hold the task."""
+    """Raises TaskError where a sequence of `seq_len` tokens does not hold the task."""
     if seq_len < task.shortest:
-        raise ValueError(
+        raise TaskError(
             f"recipe.seq_len {seq_len} is too short: a sequence of {task.name} with this data.recall takes at least "
             f"{task.shortest} tokens; raise seq_len or ask for less"
         )

@@ -61,9 +61,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         held_out_sequence_accuracy=progress.held_out_sequence_accuracy,
         state_size=state_size(job.model_config, recipe.seq_len),
     )
-    histograms = merge_histograms(trainer.storage, recipe.steps)
-    if histograms is not None:
-        trainer.storage.write("histograms.parquet", histograms)
+    trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
     trainer.storage.write("result.json", result.to_json().encode())
     values: dict[str, Any] = json.loads(result.to_json())
     return values

@@ -22,6 +22,16 @@ from services.train.job import World
 
 FOLDER = "histograms"
 LONGEST_HORIZON = 1e9  # tokens; λ = 1 has an infinite one, which neither JSON nor MLflow can hold
+COLUMNS = pa.schema(
+    {
+        "step": pa.int64(),
+        "layer": pa.int64(),
+        "bin": pa.int64(),
+        "lower": pa.float64(),
+        "upper": pa.float64(),
+        "count": pa.int64(),
+    }
+)
 METRICS = ("p05", "p25", "p50", "p75", "p95", "mean", "min", "max", "share_near_0", "share_near_1", "horizon")
 
 
@@ -55,20 +65,17 @@ class Telemetry:
 
 
 def as_metrics(stats: DecayStats) -> dict[str, float]:
-    """Scalars named like `decay/layer_03/p50` (layers from 1); none for a layer without λ."""
+    """Scalars named like `decay/layer_03/p50` (layers from 1); none for a layer without a decay."""
     return {
         f"decay/layer_{layer + 1:02d}/{key}": min(summary[key], LONGEST_HORIZON)
         for layer, summary in enumerate(stats.summary())
-        for key in METRICS
         if summary
+        for key in METRICS
     }
 
 
 def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
-    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out.
-
-    Stores nothing for a model without λ.
-    """
+    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out."""
     counts, _ = stats.tensors()
     rows: list[dict[str, Any]] = []
     edges = [-math.inf, *bin_edges(), math.inf]
@@ -85,22 +92,18 @@ def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
                         "count": count,
                     }
                 )
-    if not rows:
-        return
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), sink)
     storage.write(f"{FOLDER}/step_{step:08d}.parquet", sink.getvalue())
 
 
-def merge_histograms(storage: Storage, last_step: int) -> bytes | None:
-    """All telemetry steps up to `last_step` as one Parquet file, None where there are none."""
+def merge_histograms(storage: Storage, last_step: int) -> bytes:
+    """All telemetry steps up to `last_step` as one Parquet file."""
     parts = []
     for name in storage.list(FOLDER):
         if name.endswith(".parquet") and int(name[5:13]) <= last_step:
             data = storage.read(f"{FOLDER}/{name}")
             parts.append(pq.read_table(io.BytesIO(data or b"")))
-    if not parts:
-        return None
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables(parts), sink)
     return sink.getvalue()
