@@ -130,8 +130,8 @@ class ExampleStream:
             if is_held_out(tokens) == (self._split == "held_out"):
                 return tokens, targets
         raise TaskError(
-            f"data.source {self._task.name}: no {self._split} example in {ATTEMPTS} draws, the task has too few different ones; "
-            "raise data.recall's vocab_size or recipe.seq_len"
+            f"data.source {self._task.name}: no {self._split} example in {ATTEMPTS} draws, there are too few different ones; "
+            "raise vocab_size in data.recall or recipe.seq_len"
         )
 
     def excerpt(self, tokens: int, seq_len: int) -> Tokens:

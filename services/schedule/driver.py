@@ -252,8 +252,11 @@ class _Run:
 
     def _draw(self, trial: Trial) -> None:
         table = self.storage.read(f"trials/{trial.id}/histograms.parquet")
-        if table is not None and not self.storage.exists(f"trials/{trial.id}/histogram.png"):
-            self.storage.write(f"trials/{trial.id}/histogram.png", draw_histogram(table, trial.name))
+        if table is None or self.storage.exists(f"trials/{trial.id}/histogram.png"):
+            return
+        picture = draw_histogram(table, trial.name)
+        if picture is not None:
+            self.storage.write(f"trials/{trial.id}/histogram.png", picture)
 
     def _train(self, missing: list[Trial], manifest: Manifest, courier: Courier, at_once: int) -> None:
         scratch = tempfile.mkdtemp(prefix="decay-tune-")

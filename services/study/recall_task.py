@@ -3,7 +3,7 @@
 A task writes tokens without a tokenizer, so its vocabulary is its own. Every sequence of a task has the same number of answers:
 the mean over micro-batches, ranks and batches is then the mean over answers. A key that a task does not read is refused.
 
-Source: multi-query associative recall is that of Zoology (arXiv 2312.04927); the induction task is that of H3 (arXiv 2212.14052).
+Source: multi-query associative recall is that of Zoology (arXiv 2312.04927), the induction task that of H3 (arXiv 2212.14052).
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class _Pairs(Task):
     @model_validator(mode="after")
     def _enough_of_each(self) -> _Pairs:
         if self.answers > self.pairs:
-            raise ValueError(f"queries {self.answers} of {self.pairs} pairs: a key is asked for once; lower queries or raise pairs")
+            raise ValueError(f"queries {self.answers} of {self.pairs} pairs: a key is asked for once; lower queries")
         if self.pairs > self.answer_tokens:
             raise ValueError(
-                f"pairs {self.pairs} need as many keys and values, vocab_size {self.vocab_size} has {self.answer_tokens} of each; "
-                "raise vocab_size or lower pairs"
+                f"pairs {self.pairs} need as many keys and values, vocab_size {self.vocab_size} has {self.answer_tokens} "
+                "of each; raise vocab_size or lower pairs"
             )
         return self
 
