@@ -25,12 +25,40 @@ AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluste
 
 
 @app.command()
-def plan(study_file: StudyFile, storage: StorageOption = None) -> None:
+def plan(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    gpu: Annotated[str | None, typer.Option(help="accelerator to plan for, such as H100 or A100-80GB")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="price of one GPU (or worker) for an hour")] = None,
+    mfu: Annotated[float | None, typer.Option(help="share of the GPU's peak to assume where nothing is measured")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, csv or json: one row per cell, refused ones too")] = "table",
+) -> None:
     """Show the trials, their parameters and cost, and every refused cell with its reason. Writes nothing."""
     from services.study.file import read_study
-    from services.study.show import show_plan
+    from services.study.forecast import asked_for, forecast
+    from services.study.plan import make_plan
+    from services.study.plan_rows import as_text, check_format
+    from services.study.show_plan import show_plan
 
-    show_plan(read_study(study_file, storage), _console())
+    check_format(form)
+    asked, study = asked_for(gpu, price, mfu), read_study(study_file, storage)
+    if form == "table":
+        show_plan(study, _console(), asked)
+    else:
+        typer.echo(as_text(forecast(make_plan(study), asked), form), nl=False)
+
+
+@app.command("diff")
+def diff_command(
+    a: Annotated[str, typer.Argument(help="study file, study folder, or folder:trial (name or id)")],
+    b: Annotated[str, typer.Argument(help="what to compare it with, of the same kind")],
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="end with 1 where something differs")] = False,
+) -> None:
+    """Show what differs between two studies or two trials: design, recipe, data, code of the mechanism, results."""
+    from services.study.diff import diff
+
+    if diff(a, b, _console()) and exit_code:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -114,7 +142,7 @@ def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep t
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
     from services.schedule.driver import Options, run_study, to_stderr
     from services.study.file import read_study
-    from services.study.show import show_plan
+    from services.study.show_plan import show_plan
 
     path = Path(__file__).parents[1] / "tune_spaces" / "smoke.yaml"
     study = read_study(path, str(Path(storage).absolute()))

@@ -368,6 +368,8 @@ def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest) -> di
         "study": plan.study.name,
         "trial": trial.id,
         "name": trial.name,
+        "method": trial.method,
+        "varied": trial.varied,
         "seed": trial.seed,
         "storage": storage.root,
         "config": trial.content["config"],
@@ -393,7 +395,7 @@ def params_of(trial: Trial, plan: Plan) -> dict[str, Any]:
     flat |= {f"data.{key}": value for key, value in data.items()}
     return {
         **trial.point.to_dict(),
-        "method": trial.point.name,
+        "method": trial.method,
         "size": trial.size,
         "seed": trial.seed,
         "parameters": trial.parameters,

@@ -15,7 +15,7 @@ Source: paper arXiv 2509.05282, the figures of median decay per layer; the loss 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -74,6 +74,8 @@ class TrialResult(_Record):
     `unigram_entropy` is the entropy of the held-out tokens' frequencies: the loss of a model that knows only those.
     The accuracies are of recall tasks: the share of held-out answers that are the likeliest token, and of sequences with no
     wrong answer. `state_size` counts the numbers that the model keeps of one sequence after `seq_len` tokens.
+    `device` is "cpu" or the GPU's name; `varied` what the study's `vary` set in the recipe; `mechanism` the SHA-256 of every
+    file that the forward pass is made of. Results of earlier releases have none of the three.
     """
 
     trial_id: Annotated[str, Field(min_length=1)]
@@ -102,6 +104,9 @@ class TrialResult(_Record):
     held_out_accuracy: Share | None = None
     held_out_sequence_accuracy: Share | None = None
     state_size: Annotated[int, Field(ge=0)] | None = None
+    device: str = ""
+    varied: dict[str, Any] = Field(default_factory=dict)
+    mechanism: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

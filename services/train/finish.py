@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from decay_core.model import state_size
+from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
+from services.train.environment import device_name
 from services.train.step_log import parse
 from services.train.telemetry import merge_histograms
 
@@ -37,7 +39,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     result = TrialResult(
         trial_id=job.trial,
         name=job.name,
-        method=job.model_config.point.name,
+        method=job.method or job.model_config.point.name,
         point=job.model_config.point.to_dict(),
         size=job.model_config.size.name,
         seed=job.seed,
@@ -60,6 +62,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         held_out_accuracy=progress.held_out_accuracy,
         held_out_sequence_accuracy=progress.held_out_sequence_accuracy,
         state_size=state_size(job.model_config, recipe.seq_len),
+        device=device_name(trainer.world.device),
+        varied=job.varied,
+        mechanism=mechanism_code(job.model_config.point),
     )
     trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
     trainer.storage.write("result.json", result.to_json().encode())
