@@ -1,7 +1,8 @@
 """How often a model recalls exactly, against how many numbers it may remember: one figure for all sizes, still and moving.
 
 A line joins the sizes of one method, or, where a study varies the width of a head, the widths at one size: what changes the
-size of a state and little else. A configuration without an accuracy (a study on text) or without a known state size is not in the figure.
+size of a state and little else. A configuration without an accuracy (a study on text) or without a known state size is not in
+the figure.
 """
 
 from __future__ import annotations

@@ -92,8 +92,10 @@ class Configuration:
 
     @property
     def kind(self) -> str:
-        """'scalar', 'vector', 'vector, shared' …: how the point spreads λ over channels."""
+        """'scalar', 'vector', 'vector, shared' …: how the point spreads λ over channels; 'no' where there is no λ."""
         point = self.trials[0].point
+        if not self.trained():
+            return "no"
         return f"{point['granularity']}, shared" if point["share"] else str(point["granularity"])
 
     def trained(self) -> tuple[LayerDecay, ...]:

@@ -1,4 +1,4 @@
-"""All 39 configurations of the paper through the real service, in one command: `make test-paper` (under 35 minutes, 2 cores)."""
+"""All 39 configurations of the paper through the real service in one command: `make test-paper`, under 35 minutes."""
 
 import csv
 import math
