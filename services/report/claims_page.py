@@ -55,8 +55,9 @@ def _counts(verdicts: Sequence[Verdict]) -> str:
     holding = [claim for claim, answers in claims.items() if set(answers) == {HOLDS}]
     untested = [claim for claim, answers in claims.items() if set(answers) == {NOT_TESTABLE}]
     noisy = sum(v.closest is not None and v.claim.measure == "loss" and v.closest < NOISE for v in verdicts)
+    named = f" ({', '.join(failing)})" if failing else ""
     return (
-        f"{len(claims)} claims: {len(holding)} hold wherever they are asked, {len(failing)} fail somewhere"
-        f"{f' ({", ".join(failing)})' if failing else ''}, {len(untested)} cannot be tested. "
+        f"{len(claims)} claims: {len(holding)} hold wherever they are asked, {len(failing)} fail somewhere{named}, "
+        f"{len(untested)} cannot be tested. "
         f"{noisy} of the answers on loss lie within {NOISE:g} nats of their bound: another seed may turn them."
     )
