@@ -15,24 +15,35 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from decay_core.objection import Objection
+
 if TYPE_CHECKING:
     from decay_core.design import DesignPoint, Form
+
+GROWTH_LENGTH = 2048  # tokens of the paper's texts
+LARGEST_GROWTH = 80.0  # in log: e^88 is beyond fp32, and the state holds sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecayPlace:
-    """Where a decay sits: the design point, its layer (counted from 0) and the sizes around it."""
+    """Where a decay sits: the design point, its layer (counted from 0) and the sizes around it.
+
+    `layer_shift` is added to the layer's number where a formula reads it (TPE as run).
+    """
 
     point: DesignPoint
     layer: int
     layers: int
     heads: int
     head_dim: int
+    layer_shift: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one token's log decay: (heads,) for scalar decay, (heads, head_dim) for vector decay."""
-        return (self.heads, self.head_dim) if self.point.granularity == "vector" else (self.heads,)
+        """Shape of one token's log decay: (heads,) for scalar decay, (heads, head_dim) for vector decay, (heads,
+        head_dim / 2) for paired decay."""
+        channels = {"vector": (self.head_dim,), "paired": (self.head_dim // 2,)}
+        return (self.heads, *channels.get(self.point.granularity, ()))
 
 
 class DecayMechanism(nn.Module):
@@ -45,7 +56,7 @@ class DecayMechanism(nn.Module):
 class Decay(DecayMechanism):
     """One decay mechanism in one layer. Subclasses declare what they support and give the formula in `log_decay`."""
 
-    granularities: ClassVar[tuple[str, ...]] = ("vector", "scalar")
+    granularities: ClassVar[tuple[str, ...]] = ("vector", "paired", "scalar")
     takes_p: ClassVar[bool] = False
     reads_input: ClassVar[bool] = True  # False: λ is one number per head and there is no f
 
@@ -54,8 +65,13 @@ class Decay(DecayMechanism):
         self.place = place
 
     @classmethod
-    def sharing_refusal(cls, form: Form) -> str | None:
+    def sharing_refusal(cls, form: Form) -> Objection | None:
         """Why the key cannot be shared (k = 1 - λ) in this form; None when it can."""
+        return None
+
+    @classmethod
+    def place_refusal(cls, place: DecayPlace) -> Objection | None:
+        """Why this decay cannot sit in this layer of a model of this size; None when it can."""
         return None
 
     @classmethod
@@ -66,18 +82,23 @@ class Decay(DecayMechanism):
         """
         return None
 
-    def forward(self, f: Tensor, joint: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns (log λ, shared key or None), in fp32 or wider.
 
         f: (B, T, *place.shape); where `reads_input` is False any activation, of which only device and dtype are looked
-        at. joint: this layer's row of the joint module's output. log λ and the key have f's shape; a constant log λ is
-        (heads,).
+        at. joint: this layer's row of the joint module's output. past: what `remember` returned for the tokens before.
+        log λ and the key have f's shape; a constant log λ is (heads,).
         """
         with torch.autocast(f.device.type, enabled=False):
             f = f.to(wide_dtype(f.dtype))
             log_decay = self.log_decay(f, joint)
             key = self.shared_key(f, log_decay, joint) if self.place.point.share else None
         return log_decay, key
+
+    def remember(self, f: Tensor, past: Tensor | None) -> Tensor | None:
+        """What decoding has to keep of the tokens up to the end of f, with the batch as first axis; None where λ reads
+        its own token alone."""
+        return None
 
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         """The formula: log λ from f (already fp32 or wider)."""
@@ -102,6 +123,17 @@ class ConstantDecay(Decay):
     def constants(self) -> list[float]:
         """log λ of every head."""
         raise NotImplementedError
+
+    @classmethod
+    def place_refusal(cls, place: DecayPlace) -> Objection | None:
+        growth = GROWTH_LENGTH * max(cls(place).constants())
+        if growth <= LARGEST_GROWTH:
+            return None
+        return Objection(
+            "kernel",
+            f"{place.point.decay} with {place.point.position} as run has a decay above 1 in layer {place.layer + 1} of "
+            f"{place.layers}: the state grows by e^{growth:.0f} over {GROWTH_LENGTH} tokens, more than fp32 holds",
+        )
 
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         where = (f.device, f.dtype)

@@ -10,28 +10,39 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from decay_core import decays, positions
+from decay_core import decays, positions, transitions
+from decay_core.objection import Kind, Objection
 
 Form = Literal["as_published", "as_run"]
 FORMS: tuple[Form, ...] = ("as_published", "as_run")
-GRANULARITIES = ("vector", "scalar")
+GRANULARITIES = ("vector", "paired", "scalar")
 SUGGESTED_P = 0.99  # a start with long memory that the paper runs for simple decay (Table 8)
 
 # What it costs to give up what was asked for, when looking for the nearest valid point: the position encoding last.
-_COST = {"p": 0.5, "granularity": 1.0, "form": 1.5, "share": 2.0, "position": 3.0}
+_COST = {
+    "p": 0.5,
+    "write": 0.5,
+    "head_dim": 0.5,
+    "granularity": 1.0,
+    "form": 1.5,
+    "share": 2.0,
+    "position": 3.0,
+    "transition": 4.0,
+}
 
 
 class Refusal(ValueError):
     """A design point that makes no sense: `reason` says why, `nearest` names a valid point close to it, if any."""
 
-    def __init__(self, reason: str, nearest: str | None = None) -> None:
-        super().__init__(reason, nearest)
+    def __init__(self, reason: str, nearest: str | None = None, kind: Kind = "mathematical") -> None:
+        super().__init__(reason, nearest, kind)
         self.reason = reason
         self.nearest = nearest
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"{self.reason}; nearest valid point: {self.nearest}" if self.nearest else self.reason
@@ -43,13 +54,20 @@ class Misspelt(Refusal):
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class DesignPoint:
-    """One choice of decay, its starting value `p` where it takes one, granularity, key sharing, position and form."""
+    """One choice of decay, its starting value `p` where it takes one, granularity, key sharing, position, transition and
+    form.
+
+    `write` is what the delta rule writes with and `head_dim` the width of a head; None takes the transition's own.
+    """
 
     decay: str
     p: float | None = None
     granularity: str = "vector"
     share: bool = False
     position: str = "none"
+    transition: str = "diagonal"
+    write: str | None = None
+    head_dim: int | None = None
     form: Form = "as_published"
 
     def check(self) -> None:
@@ -61,21 +79,29 @@ class DesignPoint:
             (self.decay, decays.names(), "decay"),
             (self.position, positions.names(), "position"),
             (self.granularity, GRANULARITIES, "granularity"),
+            (self.transition, transitions.names(), "transition"),
             (self.form, FORMS, "form"),
         ):
             _check_known(word, tuple(known), what)
-        wrong_p = self._wrong_p()
-        reason = wrong_p or self._reason()
-        if reason is not None:
-            nearest = self._nearest()
-            raise (Misspelt if wrong_p else Refusal)(reason, nearest.name if nearest else None)
+        wrong = self._wrong_p() or self._wrong_head_dim()
+        objection = Objection("mathematical", wrong) if wrong else self.objection()
+        if objection is not None:
+            nearest = nearest_valid(self)
+            refusal = Misspelt if wrong else Refusal
+            raise refusal(objection.text, nearest.name if nearest else None, objection.kind)
 
     @property
     def name(self) -> str:
         """A file-system safe name; the default choices (as_published, no position, not shared) are not spelled."""
         words = [self.decay if self.p is None else f"{self.decay}_p{self.p!r}", self.granularity]
+        transition = [self.transition] if self.transition != DesignPoint.transition else []
+        if not transitions.get(self.transition).reads_decay:
+            words, transition = transition, []
         words += ["share"] if self.share else []
         words += [self.position] if self.position != DesignPoint.position else []
+        words += transition
+        words += [f"dh{self.head_dim}"] if self.head_dim is not None else []
+        words += [self.write] if self.write is not None else []
         words += [self.form] if self.form != DesignPoint.form else []
         return "-".join(words)
 
@@ -104,31 +130,73 @@ class DesignPoint:
             return f"p must lie strictly between 0 and 1, given {self.p:g}"
         return None
 
-    def _reason(self) -> str | None:
-        """Why a well-written point is refused; None when it is valid."""
-        decay = decays.get(self.decay)
+    def _wrong_head_dim(self) -> str | None:
+        if self.head_dim is not None and (isinstance(self.head_dim, bool) or self.head_dim < 1):
+            return f"head_dim must be at least 1, given {self.head_dim}"
+        return None
+
+    def objection(self) -> Objection | None:
+        """Why a well-written point is refused; None when it is valid for some size."""
+        decay, transition = decays.get(self.decay), transitions.get(self.transition)
         if self.granularity not in decay.granularities:
-            return f"{self.decay} has no {self.granularity} form, only {' and '.join(decay.granularities)}"
+            text = f"{self.decay} has no {self.granularity} form, only {' and '.join(decay.granularities)}"
+            return Objection("mathematical", text)
         if self.share and self.granularity != "vector":
-            return "a shared key k = 1 - decay has one entry per channel, so sharing needs vector decay"
+            return Objection(
+                "mathematical", "a shared key k = 1 - decay has one entry per channel, so sharing needs vector decay"
+            )
         if self.share and (why := decay.sharing_refusal(self.form)) is not None:
-            return f"{self.decay} cannot share its parameters with the key in form {self.form}: {why}"
-        return positions.get(self.position).refusal(self)
+            text = f"{self.decay} cannot share its parameters with the key in form {self.form}: {why.text}"
+            return Objection(why.kind, text)
+        if self.write is not None and self.write not in transition.writes:
+            return Objection("mathematical", self._wrong_write(transition.writes))
+        return transition.refusal(self) or positions.get(self.position).refusal(self)
 
-    def _nearest(self) -> DesignPoint | None:
-        valid = [point for point in self._relatives() if point._reason() is None]
-        return min(valid, key=self._distance, default=None)
+    def _wrong_write(self, known: tuple[str, ...]) -> str:
+        if not known:
+            return f"transition {self.transition} has no choice of write (given {self.write})"
+        return f"transition {self.transition} knows no write {self.write!r}, only {' and '.join(known)}"
 
-    def _relatives(self) -> Iterator[DesignPoint]:
+    def relatives(self) -> Iterator[DesignPoint]:
+        """Every point of the same decay."""
         takes_p = decays.get(self.decay).takes_p
         usable = self.p is not None and 0 < self.p < 1
         p = (self.p if usable else SUGGESTED_P) if takes_p else None
-        axes = itertools.product(GRANULARITIES, (False, True), positions.names(), FORMS)
-        for granularity, share, position, form in axes:
-            yield replace(self, p=p, granularity=granularity, share=share, position=position, form=form)
+        axes = itertools.product(
+            dict.fromkeys((self.transition, *transitions.names())),
+            GRANULARITIES,
+            (False, True),
+            positions.names(),
+            FORMS,
+            dict.fromkeys((self.write, None)),
+            dict.fromkeys((self.head_dim, None)),
+        )
+        for transition, granularity, share, position, form, write, head_dim in axes:
+            yield DesignPoint(
+                decay=self.decay,
+                p=p,
+                granularity=granularity,
+                share=share,
+                position=position,
+                transition=transition,
+                write=write,
+                head_dim=head_dim,
+                form=form,
+            )
 
-    def _distance(self, other: DesignPoint) -> float:
+    def distance(self, other: DesignPoint) -> float:
+        """What it costs to have `other` in place of this point."""
         return sum(cost for axis, cost in _COST.items() if getattr(self, axis) != getattr(other, axis))
+
+
+def nearest_valid(point: DesignPoint, fits: Callable[[DesignPoint], bool] = lambda _: True) -> DesignPoint | None:
+    """The valid point of the same decay that keeps most of what was asked for and that `fits`; None when there is none."""
+    for relative in sorted(point.relatives(), key=point.distance):
+        if relative.head_dim is not None and relative.head_dim < 1:
+            continue
+        if relative.objection() is None and fits(relative):
+            return relative
+    return None
 
 
 def _check_known(word: str, known: tuple[str, ...], what: str) -> None:

@@ -56,3 +56,16 @@ def decay_scan(
 def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> str:
     """One line: which implementation `decay_scan` would take for these tensors, and why."""
     return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay))
+
+
+def delta_scan(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+    v_bthv: Tensor,
+    beta_bth: Tensor,
+    log_decay: Tensor | None = None,
+    beta_on_write: bool = True,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    raise NotImplementedError

@@ -10,17 +10,19 @@ Source: the paper (arXiv 2509.05282), Table 5; initialisation as reached by the 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from decay_core import decays
+from decay_core import decays, positions, transitions
 from decay_core.decay import DecayPlace, wide_dtype
-from decay_core.design import DesignPoint
+from decay_core.decoding import DecodeState, LayerState
+from decay_core.design import DesignPoint, Refusal, nearest_valid
 from decay_core.layers import Embedding, GatedLinearUnit, Head, RMSNorm
 from decay_core.mixer import LogDecayObserver, TokenMixer
+from decay_core.objection import Objection
 from decay_core.position import Angles
 from decay_core.sizes import Size
 
@@ -51,6 +53,42 @@ class ModelConfig:
         """The starting gain of the norm inside the token mixer."""
         return _INNER_GAIN[self.point.form] if self.inner_gain_init is None else self.inner_gain_init
 
+    @property
+    def head_dim(self) -> int:
+        """The width of a head: the point's own, or the transition's for this size and form."""
+        if self.point.head_dim is not None:
+            return self.point.head_dim
+        return transitions.get(self.point.transition).head_dim(self.size, self.point.form)
+
+    @property
+    def heads(self) -> int:
+        """Heads of a layer. Raises ValueError where head_dim does not divide the model's width."""
+        if self.size.d_model % self.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} does not divide d_model {self.size.d_model}")
+        return self.size.d_model // self.head_dim
+
+    def places(self) -> list[DecayPlace]:
+        """Where the decays of all layers sit."""
+        shift = positions.get(self.point.position).layer_shift(self.point.form)
+        shape: dict[str, Any] = {"layers": self.size.layers, "heads": self.heads, "head_dim": self.head_dim}
+        return [DecayPlace(point=self.point, layer=layer, layer_shift=shift, **shape) for layer in range(self.size.layers)]
+
+    def check(self) -> None:
+        """Raises Refusal where the point is invalid, or does not go with this size."""
+        self.point.check()
+        if (objection := self._objection()) is None:
+            return
+        nearest = nearest_valid(self.point, lambda point: replace(self, point=point)._objection() is None)
+        raise Refusal(objection.text, nearest.name if nearest else None, objection.kind)
+
+    def _objection(self) -> Objection | None:
+        if self.size.d_model % self.head_dim:
+            text = f"head_dim {self.head_dim} does not divide the width {self.size.d_model} of {self.size.name}"
+            return Objection("size", text)
+        if self.point.granularity == "paired" and self.head_dim % 2:
+            return Objection("size", f"a head of {self.head_dim} channels has no pairs")
+        return decays.get(self.point.decay).place_refusal(self.places()[-1])
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, nested, ready for JSON."""
         return asdict(self)
@@ -68,15 +106,23 @@ class Block(nn.Module):
     def __init__(self, place: DecayPlace, config: ModelConfig) -> None:
         super().__init__()
         width = config.size.d_model
-        self.mixer_norm, self.mixer = RMSNorm(width), TokenMixer(place, config.inner_gain)
+        mixer = transitions.get(place.point.transition).mixer or TokenMixer
+        self.mixer_norm, self.mixer = RMSNorm(width), mixer(place, config.inner_gain)
         self.glu_norm, self.glu = RMSNorm(width), GatedLinearUnit(width, config.size.glu_dim)
 
-    def forward(
-        self, x_btd: Tensor, joint: Tensor | None, angles: Angles | None, observe: LogDecayObserver | None
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, joint: Tensor | None, angles: Angles | None, observe: LogDecayObserver | None) -> Tensor:
         x_btd = x_btd + self.mixer(self.mixer_norm(x_btd), joint, angles, observe)
         out: Tensor = x_btd + self.glu(self.glu_norm(x_btd))
         return out
+
+    def extend(
+        self, x_btd: Tensor, joint: Tensor | None, angles: Angles | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        """`forward` for new tokens that follow those of `state`, and the state after them."""
+        extend = cast(TokenMixer, self.mixer).extend
+        mixed, after = extend(self.mixer_norm(x_btd), joint, angles, state)
+        x_btd = x_btd + mixed
+        return x_btd + self.glu(self.glu_norm(x_btd)), after
 
 
 class DecayLinearTransformer(nn.Module):
@@ -84,16 +130,14 @@ class DecayLinearTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        config.point.check()
+        config.check()
         self.config = config
-        size = config.size
-        places = [
-            DecayPlace(point=config.point, layer=i, layers=size.layers, heads=size.heads, head_dim=size.head_dim)
-            for i in range(size.layers)
-        ]
+        size, places = config.size, config.places()
         self.embedding = Embedding(config.padded_vocab, size.d_model)
+        self.stream = positions.get(config.point.position).stream_module(config.heads, config.head_dim)
         self.joint_decay = decays.get(config.point.decay).joint_module(places[0])
         self.blocks = nn.ModuleList(Block(place, config) for place in places)
+        self._position = transitions.get(config.point.transition).encoding(places[0])
         self.final_norm = RMSNorm(size.d_model)
         self.head = Head(size.d_model, config.padded_vocab)
 
@@ -107,14 +151,39 @@ class DecayLinearTransformer(nn.Module):
         K) for vector decay, (H,) where λ is a constant per head.
         """
         x_btd = self.embedding(tokens_bt)
-        joint = None if self.joint_decay is None else self.joint_decay()
-        blocks = cast(list[Block], list(self.blocks))
-        dtype = wide_dtype(x_btd.dtype)
-        angles = blocks[0].mixer.position.angles(tokens_bt.shape[1], tokens_bt.device, dtype)
-        for layer, block in enumerate(blocks):
-            x_btd = block(x_btd, None if joint is None else joint[layer], angles, observe)
+        if self.stream is not None:
+            x_btd, _ = self.stream(x_btd)
+        angles = self._angles(x_btd, 0)
+        for block, joint in zip(self.blocks, self._joints(), strict=True):
+            x_btd = block(x_btd, joint, angles, observe)
         out: Tensor = self.head(self.final_norm(x_btd), targets_bt)
         return out
+
+    @torch.no_grad()
+    def extend(self, tokens_bt: Tensor, state: DecodeState | None = None) -> tuple[Tensor, DecodeState]:
+        """Reads new tokens (B, T), T >= 1, that follow those of `state`; returns their logits (B, T, padded vocabulary)
+        and the state after them. The logits are those of `forward` on the whole text."""
+        start = 0 if state is None else state.position
+        x_btd, stream = self.embedding(tokens_bt), None
+        if self.stream is not None:
+            x_btd, stream = self.stream(x_btd, None if state is None else state.stream, True)
+        angles = self._angles(x_btd, start)
+        layers: list[LayerState] = []
+        for layer, (block, joint) in enumerate(zip(self.blocks, self._joints(), strict=True)):
+            x_btd, after = cast(Block, block).extend(x_btd, joint, angles, None if state is None else state.layers[layer])
+            layers.append(after)
+        logits: Tensor = self.head(self.final_norm(x_btd))
+        return logits, DecodeState(position=start + tokens_bt.shape[1], layers=tuple(layers), stream=stream)
+
+    def _angles(self, x_btd: Tensor, start: int) -> Angles | None:
+        return self._position.angles(x_btd.shape[1], x_btd.device, wide_dtype(x_btd.dtype), start)
+
+    def _joints(self) -> list[Tensor | None]:
+        """What the joint module says to every layer."""
+        if self.joint_decay is None:
+            return [None] * len(self.blocks)
+        rows = self.joint_decay()
+        return [rows[layer] for layer in range(len(self.blocks))]
 
 
 def build_model(
@@ -138,6 +207,16 @@ def build_model(
 def count_parameters(config: ModelConfig) -> int:
     """The number of parameters of the class that trains, counted without memory."""
     return sum(parameter.numel() for parameter in build_model(config, device="meta").parameters())
+
+
+def state_size(config: ModelConfig, length: int) -> int:
+    """Numbers held for one sequence after `length` tokens while decoding: the states of all layers.
+
+    What a decay or an encoding keeps beside the scan's state (LightNet, TPE) is not counted. Raises Refusal.
+    """
+    config.check()
+    transition, place = transitions.get(config.point.transition), config.places()[0]
+    return config.size.layers * transition.state_size(place, transition.encoding(place).width, length)
 
 
 @torch.no_grad()

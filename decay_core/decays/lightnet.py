@@ -15,23 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decay_core.decay import Decay
+from decay_core.decay import Decay, wide_dtype
 
 
 class LightNet(Decay):
     """No parameters of its own. f is (B, T, ...): axis 1 is time."""
 
-    def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
-        return F.logsigmoid(_log_total_before(f) - f)
+    def forward(self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(f.device.type, enabled=False):
+            f = f.to(wide_dtype(f.dtype))
+            log_decay = F.logsigmoid(_log_total_before(f, past) - f)
+            if not self.place.point.share:
+                return log_decay, None
+            if self.place.point.form == "as_published":
+                return log_decay, self.shared_key(f, log_decay, joint)
+            first = torch.zeros_like(f[:, :1]) if past is None else past[:, 1].to(f.dtype)
+            previous = torch.cat([first, f[:, :-1]], dim=1)
+            return log_decay, torch.exp(previous - _log_total_before(f, past) + log_decay)  # z_t = z_{t-1} - log λ_t
 
-    def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
-        if self.place.point.form == "as_published":
-            return super().shared_key(f, log_decay, joint)
-        previous = torch.cat([torch.zeros_like(f[:, :1]), f[:, :-1]], dim=1)
-        return torch.exp(previous - _log_total_before(f) + log_decay)  # z_t = z_{t-1} - log λ_t
+    def remember(self, f: Tensor, past: Tensor | None) -> Tensor:
+        """z_T and f_T: (B, 2, 1, ...)."""
+        f = f.to(wide_dtype(f.dtype))
+        after = torch.logaddexp(_log_total_before(f, past)[:, -1:], f[:, -1:])
+        return torch.stack([after, f[:, -1:]], dim=1)
 
 
-def _log_total_before(f: Tensor) -> Tensor:
-    """z_{t-1} for every t: (B, T, ...) -> (B, T, ...), with z_0 = 0."""
-    virtual = torch.zeros_like(f[:, :1])
-    return torch.logcumsumexp(torch.cat([virtual, f[:, :-1]], dim=1), dim=1)
+def _log_total_before(f: Tensor, past: Tensor | None) -> Tensor:
+    """z_{t-1} for every t: (B, T, ...) -> (B, T, ...). The tokens before come in as one token of logit z; z_0 = 0."""
+    before = torch.zeros_like(f[:, :1]) if past is None else past[:, 0].to(f.dtype)
+    return torch.logcumsumexp(torch.cat([before, f[:, :-1]], dim=1), dim=1)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core.decay import Decay, DecayPlace
+from decay_core.objection import Objection
 
 if TYPE_CHECKING:
     from decay_core.design import Form
@@ -38,9 +39,9 @@ class Mamba2(Decay):
         self.step_bias = nn.Parameter(torch.empty(place.shape)) if self.has_step else None
 
     @classmethod
-    def sharing_refusal(cls, form: Form) -> str | None:
+    def sharing_refusal(cls, form: Form) -> Objection | None:
         if form == "as_run" and not (cls.has_rate and cls.has_step):
-            return "the public code has no such variant"
+            return Objection("scope", "the public code has no such variant")
         return None
 
     def draw(self, generator: torch.Generator) -> None:

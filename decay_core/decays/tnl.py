@@ -5,6 +5,8 @@ What is surprising: the paper's Table 1 and its public code are different functi
 j = 1..h are the slopes of ALiBi, from which 8j/h comes (j = 0 would be a head that never forgets, in every layer), and
 l counts from 0 as the layers do elsewhere. Its first layers forget almost at once (median λ 0.01 with 12 heads).
 `as_run`: log λ = -(1/n_j)(1 - l/(L-1) + 1e-5), n_j geometric from 2 to 256: medians from 0.95 to 0.999999.
+With TPE the public code counts l from 1 (`as_run`): the last layer then has λ > 1, which overflows in models of few
+layers and is refused there.
 With one head n is the geometric mean of 2 and 256; with one layer the layer's factor is 1.
 Source: paper Table 1; TransNormerLLM (arXiv 2307.14995).
 """
@@ -26,12 +28,13 @@ class TransNormer(ConstantDecay):
 
 def slopes_as_published(place: DecayPlace) -> list[float]:
     """log λ of every head by the paper's Table 1."""
-    depth = 1 - place.layer / place.layers
+    depth = 1 - (place.layer + place.layer_shift) / place.layers
     return [-8 * j / place.heads * depth for j in range(1, place.heads + 1)]
 
 
 def slopes_as_run(place: DecayPlace) -> list[float]:
     """log λ of every head by the authors' public code."""
-    depth = 1 - place.layer / (place.layers - 1) + LAYER_MARGIN if place.layers > 1 else 1.0
+    layer = place.layer + place.layer_shift
+    depth = 1 - layer / (place.layers - 1) + LAYER_MARGIN if place.layers > 1 else 1.0
     fractions = [j / (place.heads - 1) for j in range(place.heads)] if place.heads > 1 else [0.5]
     return [-depth / (SHORTEST * (LONGEST / SHORTEST) ** fraction) for fraction in fractions]

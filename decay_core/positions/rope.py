@@ -1,9 +1,10 @@
 """Rotary position encoding of queries and keys, applied after their silu.
 
 `as_published` rotates every pair (i, i + d/2) of a head by t·θ_i, θ_i = 10000^{-2i/d}. What is surprising: the authors'
-runs called "RoPE" did not do that. `as_run` is cosine LRPE on half of the dims: x becomes [x cos tθ; x sin tθ] with θ =
-0 for the second half of the dims, so queries, keys and the state are twice as wide. Neither form has parameters.
-With a decay of its own in every channel a rotated score depends on absolute position, not only on the distance.
+runs called "RoPE" did not do that. `as_run` is cosine LRPE on half of the dims (lrpe_half), with queries, keys and the
+state twice as wide. Neither form has parameters.
+With a decay of its own in every channel a rotated score depends on absolute position, not only on the distance; the two
+channels of a pair have to share one decay (granularity paired).
 Source: paper appendix A.3; RoPE (arXiv 2104.09864).
 """
 
@@ -14,39 +15,57 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from decay_core.position import BASE, Angles, Position
+from decay_core.objection import Objection
+from decay_core.position import Angles, Position, rates_of, turning_angles
+from decay_core.positions.lrpe_half import LrpeHalf
 
 if TYPE_CHECKING:
-    from decay_core.design import DesignPoint
+    from decay_core.design import DesignPoint, Form
 
 
 class Rope(Position):
-    """Rotation of all dims, or the wider half-rotation of the authors' runs."""
+    """Rotation of all pairs, or the wider half-rotation of the authors' runs."""
+
+    def __init__(self, head_dim: int, form: Form) -> None:
+        super().__init__(head_dim, form)
+        self._as_run = LrpeHalf(head_dim, form) if form == "as_run" else None
 
     @classmethod
-    def refusal(cls, point: DesignPoint) -> str | None:
-        if point.granularity != "vector":
-            return None
-        if point.form == "as_run":
-            return f"{point.position} with vector decay is in none of the paper's runs"
-        return (
-            f"{point.position} with a free decay per channel breaks shift invariance: "
-            "both channels of a rotated pair would have to share one decay"
-        )
+    def refusal(cls, point: DesignPoint) -> Objection | None:
+        if point.form == "as_run" and point.granularity != "scalar":
+            return Objection("scope", f"{point.position} with {point.granularity} decay is in none of the paper's runs")
+        return breaks_shift_invariance(point)
 
-    def angles(self, length: int, device: torch.device, dtype: torch.dtype) -> Angles:
-        pairs = self.head_dim // 2
-        pair = torch.arange(pairs, device=device, dtype=dtype)
-        time = torch.arange(length, device=device, dtype=dtype)
-        angle = time[:, None, None] * BASE ** (-2 * pair / self.head_dim)
-        return angle.cos(), angle.sin()
+    @property
+    def width(self) -> int:
+        return self.head_dim if self._as_run is None else self._as_run.width
+
+    def angles(self, length: int, device: torch.device, dtype: torch.dtype, start: int = 0) -> Angles:
+        if self._as_run is not None:
+            return self._as_run.angles(length, device, dtype, start)
+        return turning_angles(rates_of(self.head_dim, self.head_dim // 2, device, dtype), length, start)
 
     def encode(self, x_bthk: Tensor, angles: Angles | None) -> Tensor:
         assert angles is not None, "rope has angles"
-        cos, sin = angles
-        first, second = x_bthk.to(cos.dtype).tensor_split([self.head_dim // 2], dim=-1)
-        if self.form == "as_run":  # the unrotated half has cos 1 and sin 0
-            parts = [first * cos, second, first * sin, torch.zeros_like(second)]
-        else:
-            parts = [first * cos - second * sin, first * sin + second * cos]
-        return torch.cat(parts, dim=-1).to(x_bthk.dtype)
+        return rotate(x_bthk, angles) if self._as_run is None else self._as_run.encode(x_bthk, angles)
+
+    def widen_decay(self, log_decay_bthk: Tensor) -> Tensor:
+        return log_decay_bthk if self._as_run is None else self._as_run.widen_decay(log_decay_bthk)
+
+
+def breaks_shift_invariance(point: DesignPoint) -> Objection | None:
+    """Why rotated pairs do not go with the point's granularity; None when they do."""
+    if point.granularity != "vector":
+        return None
+    return Objection(
+        "mathematical",
+        f"{point.position} with a free decay per channel breaks shift invariance: "
+        "both channels of a rotated pair would have to share one decay (granularity paired)",
+    )
+
+
+def rotate(x_bthk: Tensor, angles: Angles) -> Tensor:
+    """Rotates the pairs (i, i + d/2) by the angles of (length, 1, d/2)."""
+    cos, sin = angles
+    first, second = x_bthk.to(cos.dtype).tensor_split([x_bthk.shape[-1] // 2], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_bthk.dtype)
