@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import math
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
@@ -18,9 +20,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
     create_model,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -30,6 +34,7 @@ from decay_core.sizes import SIZES
 
 LARGEST_INTEGER = 2**63 - 1  # what every reader of a manifest can hold
 SEEDS = 2**31  # below this, seed times ranks stays within what torch takes
+MOST_RECIPES = 1000  # of one study's `vary`: more than anyone trains, and few enough to check each
 CORRECT = "correct it in the file"
 
 
@@ -73,6 +78,9 @@ class Grid(_Strict):
     granularity: OneOrMore[str] = "vector"
     share: OneOrMore[bool] = False
     position: OneOrMore[str] = "none"
+    transition: OneOrMore[str] = "diagonal"
+    write: OneOrMore[str | None] = None
+    head_dim: OneOrMore[Annotated[int, Field(ge=1)] | None] = None
     form: OneOrMore[str] = "as_published"
 
 
@@ -146,6 +154,40 @@ RecipeFields = create_model(
 )
 
 
+class _GivenKeys(_Strict):
+    @model_serializer(mode="wrap")
+    def _without_the_others(self, keys: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in keys(self).items() if value is not None}
+
+
+VaryFields = create_model(
+    "VaryFields",
+    __base__=_GivenKeys,
+    **{
+        field.name: (Annotated[list[_hints[field.name]], Field(min_length=1)] | None, None)  # type: ignore[name-defined]
+        for field in dataclasses.fields(Recipe)
+    },  # type: ignore[call-overload]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariedRecipe:
+    """One recipe of a study and which of its fields, in the recipe's order, `vary` set to what."""
+
+    recipe: Recipe
+    varied: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The varied part in a trial's name, such as `lr0.001`; empty where nothing varies."""
+        return "-".join(f"{key}{spelled(value)}" for key, value in self.varied.items())
+
+
+def spelled(value: Any) -> str:
+    """A recipe's value without spaces, as names and labels have it: None is `none`, betas are joined by `_`."""
+    return "_".join(map(spelled, value)) if isinstance(value, list | tuple) else str(value).lower()
+
+
 RESERVED = {"data": "token caches", "mlflow-artifacts": "MLflow artifacts"}
 
 
@@ -159,6 +201,8 @@ class Study(_Strict):
     sizes: list[str] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0, lt=SEEDS)]] = Field([42], min_length=1)
     recipe: RecipeFields  # type: ignore[valid-type]
+    vary: VaryFields = VaryFields()  # type: ignore[valid-type]
+    match: Literal["none", "parameters"] = "none"
     model: Model = Model()
     data: Data = Data()  # type: ignore[call-arg]
     budget: Budget = Budget()  # type: ignore[call-arg]
@@ -192,9 +236,35 @@ class Study(_Strict):
         Recipe(**recipe.model_dump())
         return recipe
 
+    @field_validator("vary")
+    @classmethod
+    def _few_recipes(cls, vary: Any) -> Any:
+        count = math.prod(len(values) for values in vary.model_dump().values())
+        if count > MOST_RECIPES:
+            raise ValueError(f"{count} recipes, at most {MOST_RECIPES} are taken; vary fewer keys or values")
+        return vary
+
+    @model_validator(mode="after")
+    def _every_recipe_holds(self) -> Study:
+        try:
+            self.recipes()
+        except ValueError as error:
+            raise ValueError(f"vary: {error}") from error
+        return self
+
     def to_recipe(self) -> Recipe:
-        """The recipe as decay_core knows it."""
+        """The recipe as decay_core knows it, before `vary`."""
         return Recipe(**self.recipe.model_dump())  # type: ignore[attr-defined]
+
+    def recipes(self) -> list[VariedRecipe]:
+        """Every distinct recipe of the study: the product over `vary`, laid over `recipe`."""
+        choices = self.vary.model_dump()  # type: ignore[attr-defined]
+        found: dict[Recipe, VariedRecipe] = {}
+        for values in itertools.product(*choices.values()):
+            varied = dict(zip(choices, values, strict=True))
+            recipe = dataclasses.replace(self.to_recipe(), **varied)
+            found[recipe] = VariedRecipe(recipe=recipe, varied=varied)
+        return list(found.values())
 
 
 class _NoDuplicates(yaml.SafeLoader):
@@ -261,7 +331,8 @@ def _first_problem(error: ValidationError, raw: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"key {'.'.join([*place, str(problem['loc'][-1])])!r} is missing; add it"
     if problem["type"] == "value_error":
-        return f"{where}: {problem['msg'].removeprefix('Value error, ').removeprefix(f'{where}: ')}"
+        said = problem["msg"].removeprefix("Value error, ").removeprefix(f"{where}: ")
+        return f"{where}: {said}" if where else said
     return f"{where}: {problem['msg']}, given {_shown(problem['input'])}; {CORRECT}"
 
 
@@ -303,5 +374,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "resources": Resources,
         "tracking": Tracking,
         "recipe": RecipeFields,
+        "vary": VaryFields,
     }
     return sorted(kinds.get(str(location[0]) if location else "", Study).model_fields)
