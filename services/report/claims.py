@@ -86,7 +86,7 @@ class Verdict:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The rows that are missing, each once."""
+        """The points without this measure, each once."""
         return tuple(dict.fromkeys(name for case in self.cases for name in case.missing))
 
 

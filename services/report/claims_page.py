@@ -26,7 +26,7 @@ def _heading(claim: Claim) -> list[str]:
     of = "difference of " if claim.pairs[0][1] is not None else ""
     return [
         f"{claim.id} ({claim.section}): {claim.statement}",
-        f"  {of}{claim.measure.replace('_', ' ')} {bounds}, {claim.quantifier} of {len(claim.pairs)}"
+        f"  {of}{_words(claim.measure)} {bounds}, {claim.quantifier} of {len(claim.pairs)}"
         + (f"; beware: {', '.join(claim.beware)}" if claim.beware else ""),
     ]
 
@@ -37,7 +37,11 @@ def _answer(verdict: Verdict) -> Iterator[str]:
     yield from (f"    {_figure(case)}" for case in verdict.cases if case.value is not None)
     if missing := verdict.missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-        yield f"    missing: {', '.join(missing[:NAMED])}{more}"
+        yield f"    no {_words(verdict.claim.measure)} of {', '.join(missing[:NAMED])}{more}"
+
+
+def _words(measure: str) -> str:
+    return measure.replace("_", " ")
 
 
 def _where(place: Place) -> str:
