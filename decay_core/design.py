@@ -163,7 +163,7 @@ class DesignPoint:
         usable = self.p is not None and 0 < self.p < 1
         p = (self.p if usable else SUGGESTED_P) if takes_p else None
         axes = itertools.product(
-            dict.fromkeys((self.transition, *transitions.names())),
+            dict.fromkeys((self.transition, DesignPoint.transition, *transitions.names())),
             GRANULARITIES,
             (False, True),
             positions.names(),

@@ -22,6 +22,16 @@ from services.train.job import World
 
 FOLDER = "histograms"
 LONGEST_HORIZON = 1e9  # tokens; λ = 1 has an infinite one, which neither JSON nor MLflow can hold
+COLUMNS = pa.schema(
+    {
+        "step": pa.int64(),
+        "layer": pa.int64(),
+        "bin": pa.int64(),
+        "lower": pa.float64(),
+        "upper": pa.float64(),
+        "count": pa.int64(),
+    }
+)
 METRICS = ("p05", "p25", "p50", "p75", "p95", "mean", "min", "max", "share_near_0", "share_near_1", "horizon")
 
 
@@ -55,10 +65,11 @@ class Telemetry:
 
 
 def as_metrics(stats: DecayStats) -> dict[str, float]:
-    """Scalars named like `decay/layer_03/p50` (layers from 1)."""
+    """Scalars named like `decay/layer_03/p50` (layers from 1); none for a layer without a decay."""
     return {
         f"decay/layer_{layer + 1:02d}/{key}": min(summary[key], LONGEST_HORIZON)
         for layer, summary in enumerate(stats.summary())
+        if summary
         for key in METRICS
     }
 
@@ -82,7 +93,7 @@ def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
                     }
                 )
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), sink)
     storage.write(f"{FOLDER}/step_{step:08d}.parquet", sink.getvalue())
 
 

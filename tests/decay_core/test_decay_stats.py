@@ -14,9 +14,7 @@ HALF_BIN = 0.0025 + 1e-6  # half a bin in logit, at the steepest point of the si
 
 
 def sample(seed, shift=0.0):
-    return torch.nn.functional.logsigmoid(
-        torch.randn(2, 50, 3, 7, generator=torch.Generator().manual_seed(seed)) * 3 + shift
-    )
+    return torch.nn.functional.logsigmoid(torch.randn(2, 50, 3, 7, generator=torch.Generator().manual_seed(seed)) * 3 + shift)
 
 
 def test_quantiles_are_within_half_a_bin_of_the_exact_lower_ones():

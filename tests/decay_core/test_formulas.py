@@ -10,7 +10,7 @@ from decay_core import decays
 
 # float64 against float64: sums and logarithms of numbers of order 10, so a few hundred ulps at most.
 TOLERANCE = 1e-12
-PLAIN = [point for point in VALID if point.position == "none"]
+PLAIN = [point for point in VALID if point.position == "none" and point.transition == "diagonal"]
 
 
 def module_at(point, layer, seed=3):

@@ -11,9 +11,7 @@ from decay_core.model import ModelConfig, build_model
 from decay_core.recipe import Recipe, parameter_groups
 from decay_core.sizes import get_size
 
-BASE = Recipe(
-    steps=1000, batch_size=8, seq_len=64, eval_every=100, eval_sequences=8, checkpoint_every=100, telemetry_every=10
-)
+BASE = Recipe(steps=1000, batch_size=8, seq_len=64, eval_every=100, eval_sequences=8, checkpoint_every=100, telemetry_every=10)
 PAPER = replace(BASE, steps=20_000, warmup_steps=1024, decay_steps=976)
 
 
@@ -35,9 +33,7 @@ def test_decay_phase_ends_at_the_floor_and_follows_one_minus_root():
     assert PAPER.lr_at(20_000) == pytest.approx(3e-5)
 
 
-@pytest.mark.parametrize(
-    "steps, lengths", [(20_000, (1000, 1000)), (100_000, (1024, 8976)), (200, (10, 10)), (1, (0, 0))]
-)
+@pytest.mark.parametrize("steps, lengths", [(20_000, (1000, 1000)), (100_000, (1024, 8976)), (200, (10, 10)), (1, (0, 0))])
 def test_default_schedule_lengths(steps, lengths):
     recipe = replace(BASE, steps=steps)
     assert recipe.schedule_lengths() == lengths
