@@ -27,6 +27,7 @@ class Transition(nn.Module):
     reads_decay: ClassVar[bool] = True  # False: there is no λ, and the point's name does not spell a decay
     writes: ClassVar[tuple[str, ...]] = ()  # what the axis `write` may say
     mixer: ClassVar[type[nn.Module] | None] = None  # a mixer of its own, called (place, inner_gain)
+    operations: ClassVar[int] = 5  # on each number of the state and token, forward: fade 1, write 2, read 2
 
     def __init__(self, place: DecayPlace) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ class Delta(Transition):
     """One projection, from the input to one β per head."""
 
     writes = ("beta", "plain")
+    operations = 7  # the key reads the state too before it is written
 
     def __init__(self, place: DecayPlace) -> None:
         super().__init__(place)

@@ -23,6 +23,7 @@ class Softmax(Transition):
     """No parameters beside those of its mixer."""
 
     reads_decay = False
+    operations = 2  # a query meets every key and every value once
     mixer = SoftmaxAttention
 
     @classmethod

@@ -1,25 +1,28 @@
-"""From a study to its trials: every cell of the design space, kept or refused with its reason, and what each will cost.
+"""From a study to its trials: point x size x recipe x seed, and what each will cost at an assumed rate.
 
 Nothing here touches a disk. A trial's id is a hash of everything its result depends on by design (point, size, seed, recipe,
 data, model options), so the same trial has the same id on every machine, in every attempt and in every study. Surprising:
-the number of ranks is not part of the id, because the global batch does not depend on it; it is held in the manifest.
+the number of ranks is not part of the id, because the global batch does not depend on it; it is held in the manifest. Keys
+that came after the first release are part of an id only where they differ from their default, so that no id ever changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from decay_core.design import DesignPoint, Misspelt, Refusal
-from decay_core.model import ModelConfig, count_parameters
+from decay_core.design import DesignPoint
+from decay_core.model import ModelConfig
 from decay_core.recipe import Recipe
 from decay_core.sizes import get_size
-from services.study.file import DecayChoice, Grid, Study, StudyError
+from services.study.cells import Cell, cells, fitting
+from services.study.cost import count_model, flops_per_token
+from services.study.file import Data, Study, StudyError, VariedRecipe, spelled
+from services.study.match import matched
 from services.study.storage import canonical_json
 
 # Sustained rates used for estimates, as benchmarks/step_rate.py measures them with the chunked scan: one CPU thread of two busy
@@ -32,20 +35,17 @@ BYTES_PER_PARAMETER_SAVED = 16  # fp32 weight, two Adam moments, and ZeRO 1 and 
 CHECKPOINTS = 3  # two are kept while the next is written
 FINAL_COPIES = 2  # the final weights lie with the trial and in MLflow
 SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20  # as services/data/tokenizers.py trains them; a test holds the two together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One cell of the product: its point and, when refused, why and the nearest valid one."""
-
-    point: DesignPoint
-    reason: str = ""
-    nearest: str = ""
+# The keys of the first release: always part of an id.
+FIRST_POINT = ("decay", "p", "granularity", "share", "position", "form")
+FIRST_DATA = ("source", "tokenizer", "boundary", "held_out_percent", "text_field", "max_documents")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One point x size x seed, resolved. `content` is what the id is taken of; `parameters` is counted on the real model."""
+    """One point x size x recipe x seed, resolved.
+
+    `content` is what the id is taken of; `parameters` is counted on the real model; `varied` is what `vary` set in the recipe.
+    """
 
     id: str
     name: str
@@ -56,6 +56,12 @@ class Trial:
     recipe: Recipe
     content: dict[str, Any]
     parameters: int
+    varied: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """What seeds of one size are compared under: the point, and the varied part of the recipe."""
+        return " ".join([self.point.name, *(f"{key}={spelled(value)}" for key, value in self.varied.items())])
 
     @property
     def tokens(self) -> int:
@@ -64,9 +70,8 @@ class Trial:
 
     @property
     def flops(self) -> float:
-        """Forward and backward, 6 per parameter and token (the embedding looked up, not multiplied, is left out)."""
-        embedding = self.config.padded_vocab * self.config.size.d_model
-        return 6.0 * (self.parameters - embedding) * self.tokens
+        """Forward and backward of all tokens, as services/study/cost.py counts them."""
+        return flops_per_token(self.config, self.recipe.seq_len) * self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,53 +112,6 @@ def vocabulary(tokenizer: str) -> int:
     )
 
 
-def cells(study: Study) -> list[Cell]:
-    """Every distinct cell of the study's space, in file order.
-
-    Raises StudyError for a misspelt cell, however many others of its block are valid, and for a block with no valid cell.
-    """
-    found: dict[DesignPoint, Cell] = {}
-    for index, grid in enumerate(study.space):
-        block = [_judge(point, index) for point in _product(grid)]
-        if all(cell.reason for cell in block):
-            first = block[0]
-            nearest = f"nearest valid: {first.nearest}" if first.nearest else "change one of its axes"
-            raise StudyError(f"space.{index} has no valid point: {_as_written(first.point)}: {first.reason}; {nearest}")
-        found.update((cell.point, cell) for cell in block)
-    return list(found.values())
-
-
-def _as_written(point: DesignPoint) -> str:
-    return ", ".join(f"{key}={value}" for key, value in point.to_dict().items() if value is not None)
-
-
-def _judge(point: DesignPoint, block: int) -> Cell:
-    try:
-        point.check()
-    except Misspelt as error:
-        raise StudyError(f"space.{block}: {error}") from error
-    except Refusal as refusal:
-        return Cell(point=point, reason=refusal.reason, nearest=str(refusal.nearest or ""))
-    return Cell(point=point)
-
-
-def _product(grid: Grid) -> list[DesignPoint]:
-    axes = (grid.granularity, grid.share, grid.position, grid.form)
-    lists: list[list[Any]] = [list(axis) if isinstance(axis, list) else [axis] for axis in axes]
-    return [
-        DesignPoint(decay=decay, p=p, granularity=granularity, share=share, position=position, form=form)
-        for (decay, p), granularity, share, position, form in itertools.product(_decays(grid.decay), *lists)
-    ]
-
-
-def _decays(choice: DecayChoice | list[DecayChoice]) -> list[tuple[str, float | None]]:
-    if isinstance(choice, list):
-        return [pair for item in choice for pair in _decays(item)]
-    if isinstance(choice, str):
-        return [(choice, None)]
-    return [(name, float(p)) for name, values in choice.items() for p in (values if isinstance(values, list) else [values])]
-
-
 def make_plan(study: Study) -> Plan:
     """Resolves a study into trials.
 
@@ -168,48 +126,64 @@ def make_plan(study: Study) -> Plan:
 
 def _resolve(study: Study) -> Plan:
     judged = cells(study)
-    _check_batch(study)
-    trials = tuple(
-        _trial(study, cell.point, size, seed)
-        for size in dict.fromkeys(study.sizes)
-        for cell in judged
-        if not cell.reason
-        for seed in dict.fromkeys(study.seeds)
-    )
+    recipes = study.recipes()
+    for one in recipes:
+        _check_batch(study, one.recipe)
+    refused = [cell for cell in judged if cell.reason]
+    trials: list[Trial] = []
+    for size in dict.fromkeys(study.sizes):
+        configs, too = fitting(_config(study, cell.point, size) for cell in judged if not cell.reason)
+        refused += too
+        configs = matched(configs) if study.match == "parameters" else configs
+        trials += [
+            _trial(study, config, one, seed) for config in configs for one in recipes for seed in dict.fromkeys(study.seeds)
+        ]
     rate = study.resources.assumed_gflops_per_worker or _assumed_gflops(study)
-    refused = tuple(cell for cell in judged if cell.reason)
-    draft = Plan(study=study, trials=trials, refused=refused, backend="warm", gflops_per_worker=rate)
+    draft = Plan(study=study, trials=tuple(trials), refused=tuple(refused), backend="warm", gflops_per_worker=rate)
     plan = dataclasses.replace(draft, backend=_backend(draft))
     _check_budget(plan)
     return plan
 
 
-def _trial(study: Study, point: DesignPoint, size: str, seed: int) -> Trial:
-    config = ModelConfig(
+def _config(study: Study, point: DesignPoint, size: str) -> ModelConfig:
+    return ModelConfig(
         point=point,
         size=get_size(size),
         vocab_size=vocabulary(study.data.tokenizer),
         inner_gain_init=study.model.inner_gain_init,
     )
-    recipe = study.to_recipe()
+
+
+def _trial(study: Study, config: ModelConfig, one: VariedRecipe, seed: int) -> Trial:
+    point, size = config.point, config.size.name
     content: dict[str, Any] = {
-        "config": config.to_dict(),
+        "config": config.to_dict() | {"point": _said(point.to_dict(), _defaults(DesignPoint), FIRST_POINT)},
         "seed": seed,
-        "recipe": dataclasses.asdict(recipe),
-        "data": study.data.model_dump(exclude={"workers"}),
+        "recipe": dataclasses.asdict(one.recipe),
+        "data": _said(study.data.model_dump(exclude={"workers"}), Data().model_dump(), FIRST_DATA),  # type: ignore[call-arg]
     }
     digest = hashlib.sha256(canonical_json(content).encode()).hexdigest()
     return Trial(
         id=digest[:12],
-        name=f"{point.name}-{size}-s{seed}",
+        name="-".join(word for word in (point.name, size, one.label, f"s{seed}") if word),
         point=point,
         size=size,
         seed=seed,
         config=config,
-        recipe=recipe,
+        recipe=one.recipe,
         content=content,
-        parameters=count_parameters(config),
+        parameters=count_model(config).parameters,
+        varied=one.varied,
     )
+
+
+def _said(values: dict[str, Any], defaults: dict[str, Any], first: Collection[str]) -> dict[str, Any]:
+    """`values` less the keys that are younger than the first release and have their default."""
+    return {key: value for key, value in values.items() if key in first or value != defaults.get(key)}
+
+
+def _defaults(kind: type[DesignPoint]) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def _assumed_gflops(study: Study) -> float:
@@ -226,8 +200,8 @@ def _backend(plan: Plan) -> str:
     return "warm" if max(plan.seconds(trial) for trial in plan.trials) < WARM_BELOW_S else "train"
 
 
-def _check_batch(study: Study) -> None:
-    recipe, resources = study.to_recipe(), study.resources
+def _check_batch(study: Study, recipe: Recipe) -> None:
+    resources = study.resources
     if recipe.batch_size % resources.workers:
         raise StudyError(
             f"recipe.batch_size {recipe.batch_size} cannot be shared by resources.workers {resources.workers}; "
