@@ -44,7 +44,7 @@ def decay_scan_chunked(
         return torch.zeros_like(v), state if output_final_state else None
     inside = _vector_chunks if log_decay.dim() == 4 else _scalar_chunks
     # Padding tokens have k = 0 and λ = 1: they change neither outputs nor state.
-    o, q_decayed, update, total = inside(*(_to_chunks(x) for x in (q, k, v, log_decay)))
+    o, q_decayed, update, total = inside(*(to_chunks(x, CHUNK) for x in (q, k, v, log_decay)))
     states = []
     for chunk in range(total.shape[2]):
         states.append(state)
@@ -54,11 +54,20 @@ def decay_scan_chunked(
     return o_bthv, state if output_final_state else None
 
 
-def _to_chunks(x: Tensor) -> Tensor:
-    """(B, T, H, ...) -> contiguous (B, H, chunks, CHUNK, ...), zero-padded in time."""
-    missing = -x.shape[1] % CHUNK
+def to_chunks(x: Tensor, size: int) -> Tensor:
+    """(B, T, H, ...) -> contiguous (B, H, chunks, size, ...), zero-padded in time."""
+    missing = -x.shape[1] % size
     padded = F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing])
-    return padded.unflatten(1, (padded.shape[1] // CHUNK, CHUNK)).movedim(3, 1).contiguous()
+    return padded.unflatten(1, (padded.shape[1] // size, size)).movedim(3, 1).contiguous()
+
+
+def decay_between(log_decay: Tensor) -> Tensor:
+    """(..., C) -> (..., C, C): row t, column s holds the product of λ over the tokens after s up to t, and 0 for s > t."""
+    size = log_decay.shape[-1]
+    earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril(-1)
+    # A running sum of the tokens after s: a difference of two prefix sums would be inf - inf at λ = 0.
+    between = log_decay[..., None].expand(*log_decay.shape, size).masked_fill(~earlier, 0.0).cumsum(dim=-2)
+    return between.masked_fill(~earlier.logical_or(earlier.new_ones(size).diag()), -torch.inf).exp()
 
 
 def _scalar_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,12 +75,7 @@ def _scalar_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[
 
     q, k: (..., C, K); v: (..., C, V); log_decay: (..., C). The update is (..., K, V), the total decay (..., 1).
     """
-    size = log_decay.shape[-1]
-    earlier = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)
-    # Row t, column s: the sum over the tokens after s up to t. A difference of two prefix sums would be inf - inf at λ
-    # = 0.
-    between = log_decay[..., None].expand(*log_decay.shape, size).masked_fill(~earlier, 0.0).cumsum(dim=-2)
-    weight = between.masked_fill(~earlier.logical_or(earlier.new_ones(size).diag()), -torch.inf).exp()
+    weight = decay_between(log_decay)
     o = ((q @ k.transpose(-1, -2)) * weight) @ v
     since_start = log_decay.cumsum(dim=-1).exp()[..., None]
     update = (k * weight[..., -1, :, None]).transpose(-1, -2) @ v
@@ -87,27 +91,27 @@ def _vector_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[
     o = (q * k).sum(dim=-1, keepdim=True) * v
     q_decayed, k_decayed, half = q * total, k, 1
     while half < q.shape[-2]:
-        (o_early, o_late), (v_early, _) = _halves(o, half), _halves(v, half)
-        (q_early, q_late), (k_early, k_late) = _halves(q_decayed, half), _halves(k_decayed, half)
-        total_early, total_late = _halves(total, 1)
-        o = _joined(o_early, o_late + _scores(q_late, k_early) @ v_early)
-        q_decayed = _joined(q_early, q_late * total_early)
-        k_decayed = _joined(k_early * total_late, k_late)
+        (o_early, o_late), (v_early, _) = halves(o, half), halves(v, half)
+        (q_early, q_late), (k_early, k_late) = halves(q_decayed, half), halves(k_decayed, half)
+        total_early, total_late = halves(total, 1)
+        o = joined(o_early, o_late + scores(q_late, k_early) @ v_early)
+        q_decayed = joined(q_early, q_late * total_early)
+        k_decayed = joined(k_early * total_late, k_late)
         total = (total_early * total_late).flatten(-3, -2)
         half *= 2
     return o, q_decayed, k_decayed.transpose(-1, -2) @ v, total.squeeze(-2)
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
+def scores(q: Tensor, k: Tensor) -> Tensor:
     # Products of single rows are many times slower as a batched matrix product than as a sum.
     return (q * k).sum(dim=-1, keepdim=True) if q.shape[-2] == 1 else q @ k.transpose(-1, -2)
 
 
-def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """(..., C, D) -> the earlier and the later halves of its blocks of 2·half tokens, each (..., blocks, half, D)."""
     early, late = x.unflatten(-2, (x.shape[-2] // (2 * half), 2, half)).unbind(dim=-3)
     return early, late
 
 
-def _joined(early: Tensor, late: Tensor) -> Tensor:
+def joined(early: Tensor, late: Tensor) -> Tensor:
     return torch.stack([early, late], dim=-3).flatten(-4, -2)

@@ -1,7 +1,7 @@
-"""Chooses the implementation of the decay scan for a device, a dtype and a shape, and says why.
+"""Chooses the implementation of the decay scan and of the delta scan for a device, a dtype and a shape, and says why.
 
-The environment variable DECAY_KERNEL (`naive` or `chunked`) overrides the choice, for finding out whether a kernel is
-at fault.
+The environment variable DECAY_KERNEL (`naive` or `chunked`) overrides the choice for both, for finding out whether a
+kernel is at fault.
 """
 
 from __future__ import annotations
@@ -12,35 +12,53 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.decay_scan_chunked import CHUNK, decay_scan_chunked
+from kernels.decay_scan_chunked import CHUNK as DECAY_CHUNK
+from kernels.decay_scan_chunked import decay_scan_chunked
 from kernels.decay_scan_naive import decay_scan_naive
+from kernels.delta_scan_chunked import CHUNK as DELTA_CHUNK
+from kernels.delta_scan_chunked import delta_scan_chunked
+from kernels.delta_scan_naive import delta_scan_naive
 
 OVERRIDE = "DECAY_KERNEL"
 Scan = Callable[..., tuple[Tensor, Tensor | None]]
-_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
+_DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
+_DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """An implementation and the reason for it; printing it gives one line."""
 
+    recurrence: str
     name: str
     scan: Scan
     reason: str
 
     def __str__(self) -> str:
-        return f"decay scan: {self.name} ({self.reason})"
+        return f"{self.recurrence}: {self.name} ({self.reason})"
 
 
 def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> Choice:
-    """Returns the scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
+    """Returns the decay scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
+    what = _described(q_bthk, v_bthv, log_decay)
+    return _choose("decay scan", _DECAY_SCANS, f"plain torch in chunks of {DECAY_CHUNK} serves {what}")
+
+
+def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:
+    """Returns the delta scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
+    what = _described(q_bthk, v_bthv, log_decay)
+    return _choose("delta scan", _DELTA_SCANS, f"plain torch in chunks of {DELTA_CHUNK} serves {what}")
+
+
+def _choose(recurrence: str, scans: dict[str, Scan], reason: str) -> Choice:
     wanted = os.environ.get(OVERRIDE)
-    if wanted is not None:
-        if wanted not in _SCANS:
-            raise ValueError(
-                f"{OVERRIDE}={wanted}: unknown decay scan; set it to one of {', '.join(_SCANS)} or unset it"
-            )
-        return Choice(name=wanted, scan=_SCANS[wanted], reason=f"{OVERRIDE} asks for it")
-    kind = "vector" if log_decay.dim() == 4 else "scalar"
-    what = f"{kind} decay, K={q_bthk.shape[-1]}, V={v_bthv.shape[-1]}, {q_bthk.dtype} on {q_bthk.device.type}"
-    return Choice(name="chunked", scan=decay_scan_chunked, reason=f"plain torch in chunks of {CHUNK} serves {what}")
+    if wanted is None:
+        return Choice(recurrence=recurrence, name="chunked", scan=scans["chunked"], reason=reason)
+    if wanted not in scans:
+        raise ValueError(f"{OVERRIDE}={wanted}: unknown {recurrence}; set it to one of {', '.join(scans)} or unset it")
+    return Choice(recurrence=recurrence, name=wanted, scan=scans[wanted], reason=f"{OVERRIDE} asks for it")
+
+
+def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:
+    kind = "no" if log_decay is None else "vector" if log_decay.dim() == 4 else "scalar"
+    return f"{kind} decay, K={q_bthk.shape[-1]}, V={v_bthv.shape[-1]}, {q_bthk.dtype} on {q_bthk.device.type}"

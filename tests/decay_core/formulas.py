@@ -35,7 +35,7 @@ def softmax(x):
 def tnl(form, layer, layers, heads):
     if form == "as_published":
         return np.array([-(8 * j / heads) * (1 - layer / layers) for j in range(1, heads + 1)])
-    n = np.array([2 * 128 ** (j / (heads - 1)) for j in range(heads)])
+    n = np.array([2 * 128 ** (j / (heads - 1) if heads > 1 else 0.5) for j in range(heads)])
     return -(1 / n) * (1 - layer / (layers - 1) + 1e-5)
 
 

@@ -52,20 +52,26 @@ def checkout(root, tmp_path):
     return copy
 
 
+@pytest.fixture
+def in_checkout(checkout, process_env):
+    """Runs a command in the checkout as a user would; returns what it printed, standard output first."""
+    bin_first = os.pathsep.join([str(Path(sys.executable).parent), process_env["PATH"]])
+    env = {**process_env, "PYTHONPATH": str(checkout), "PATH": bin_first}
+
+    def run(*command, code=0):
+        done = subprocess.run(command, env=env, cwd=checkout, capture_output=True, text=True, timeout=400)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
 def test_a_submitted_study_ends_in_mlflow_and_a_second_submission_trains_nothing(
-    ray_head, write_study, process_env, tmp_path, left, checkout
+    ray_head, write_study, tmp_path, left, checkout, in_checkout
 ):
     storage = tmp_path / "runs"
     study = write_study("job", resources={"workers": 2, "zero_stage": 2, "max_concurrent_trials": 1})
     shutil.copy(study, checkout / "tune_spaces" / "job.yaml")
-    bin_first = os.pathsep.join([str(Path(sys.executable).parent), process_env["PATH"]])
-    env = {**process_env, "PYTHONPATH": str(checkout), "PATH": bin_first}
-
-    def in_checkout(*command):
-        done = subprocess.run(command, env=env, cwd=checkout, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
     in_checkout(
         "ray", "job", "submit", "--address", ray_head["dashboard"], "--working-dir", ".", "--",
         "python", "-m", "services.cli", "run", "tune_spaces/job.yaml", "--storage", str(storage),
@@ -85,6 +91,36 @@ def test_a_submitted_study_ends_in_mlflow_and_a_second_submission_trains_nothing
     assert everything(storage / "job" / "trials") == before
     assert {trial: job.attempts(trial) for trial in job.trials()} == dict.fromkeys(job.trials(), 1)
     assert job.statuses() == {"FINISHED"}
+
+
+def test_a_decay_added_as_one_file_is_planned_counted_trained_and_reported(
+    ray_head, write_study, tmp_path, left, checkout, in_checkout, root
+):
+    page = (root / "docs" / "add-a-decay.md").read_text()
+    source = page.split("```python\n")[1].split("```")[0]
+    (checkout / "decay_core" / "decays" / "toy.py").write_text(source)
+    shutil.copytree(root / "tests", checkout / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "pyproject.toml", checkout)
+    golden = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/decay_core/test_decays.py", "-k"]
+    assert "same_decays" in in_checkout(*golden, "toy or registry", code=1)  # the one line is missing
+    table = checkout / "tests" / "decay_core" / "test_decays.py"
+    row = '    "toy": Row(0.8808, 164_795_136, ALL, (1.025509700767809, -0.058076054168897315)),\n'
+    table.write_text(table.read_text().replace('    "tnl": Row', row + '    "tnl": Row'))
+    in_checkout(*golden, "toy or registry")
+    shutil.copy(write_study("added", decays=("toy", "gla")), checkout / "tune_spaces" / "added.yaml")
+    storage = tmp_path / "runs"
+    command = [sys.executable, "-m", "services.cli"]
+    assert "toy-vector-nano-s1" in in_checkout(*command, "plan", "tune_spaces/added.yaml")
+    in_checkout(
+        *command, "submit", "tune_spaces/added.yaml", "--storage", str(storage), "--address", ray_head["dashboard"]
+    )
+    study = left(storage, "added")
+    results = {study.result(trial, "method"): trial for trial in study.trials()}
+    assert set(results) == {"toy-vector", "gla-vector"} and study.statuses() == {"FINISHED"}
+    counted = {method: study.result(trial, "parameters") for method, trial in results.items()}
+    assert counted["toy-vector"] == counted["gla-vector"] + 2 * 128  # one offset a channel in two layers
+    assert study.losses(results["toy-vector"])[-1][1] < study.losses(results["toy-vector"])[0][1]
+    assert "toy-vector" in (storage / "added" / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("backend", ["warm", "train"])

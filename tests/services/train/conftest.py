@@ -66,11 +66,14 @@ def cache(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> TokenC
 def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp_path: Path) -> Callable[..., Any]:
     """Trains tiny trials on real ranks, several in the same processes: train({"name": ..., "workers": 2, ...}, ...)."""
 
-    def write(name: str, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
+    def write(name: str, recipe: dict[str, Any] | None = None, grid: dict[str, Any] | None = None, **changes: Any) -> Path:
         whole = tiny_study.model_dump()
-        study = Study.model_validate(
-            {**whole, "recipe": {**whole["recipe"], **(recipe or {})}, "resources": {**whole["resources"], **changes}}
-        )
+        changed = {
+            "recipe": {**whole["recipe"], **(recipe or {})},
+            "space": [grid] if grid else whole["space"],
+            "resources": {**whole["resources"], **changes},
+        }
+        study = Study.model_validate({**whole, **changed})
         plan = make_plan(study)
         manifest = Manifest(study={}, trials={}, data=data_record(cache, study.to_recipe()), started_ms=0)
         job = job_of(replace(plan.trials[0], id="trial"), plan, Storage(str(tmp_path / name)), manifest)

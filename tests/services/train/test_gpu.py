@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_training import GRIDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -27,6 +28,20 @@ def test_resume_after_kill_gives_same_bits_on_one_gpu(train, precision):
     assert resumed.losses == quiet.losses
     assert len(quiet.losses) == 12
     assert resumed.result["weights_sha256"] == quiet.result["weights_sha256"]
+
+
+@needs(1)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_transition_and_encoding_resumes_with_same_bits_and_gives_the_losses_of_a_cpu(train, name, precision):
+    how = {"grid": GRIDS[name], "gpus_per_worker": 1, "recipe": {"precision": precision}}
+    train({"name": "killed", **how}, kill_at=7)
+    resumed, quiet = train({"name": "killed", **how}, {"name": "quiet", **how})
+    (cpu,) = train({"name": "cpu", "grid": GRIDS[name]})
+    assert resumed.losses == quiet.losses
+    assert resumed.result["weights_sha256"] == quiet.result["weights_sha256"]
+    print(f"{name}, {precision} GPU against fp32 CPU: largest difference {largest_difference(cpu, quiet):.1e} nats")
+    assert largest_difference(cpu, quiet) <= (FP32_BAND_NATS if precision == "fp32" else BF16_BAND_NATS)
 
 
 @needs(1)

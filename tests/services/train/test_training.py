@@ -27,6 +27,25 @@ def test_all_zero_stages_on_two_ranks_give_the_losses_of_one_rank(train):
         assert one.result["order_hash"] == two.result["order_hash"]
 
 
+GRIDS = {
+    "llama": {"decay": "none", "granularity": "scalar", "position": "rope", "transition": "softmax"},
+    "dplr": {"decay": {"simple_decay": 0.99}, "transition": "delta"},
+    "tpe": {"decay": "lightnet", "position": "tpe"},
+    "pairs": {"decay": "mamba2", "granularity": "paired", "position": "rope"},
+}
+
+
+def test_every_transition_and_encoding_trains_the_same_under_zero_3_on_two_ranks(train):
+    ones = train(*({"name": f"{name}-1", "grid": grid} for name, grid in GRIDS.items()))
+    sharded = {"workers": 2, "zero_stage": 3}
+    twos = train(*({"name": f"{name}-2", "grid": grid, **sharded} for name, grid in GRIDS.items()))
+    for name, one, two in zip(GRIDS, ones, twos, strict=True):
+        assert one.losses[-1] < one.losses[0] - 0.1, name
+        print(f"{name}, ZeRO 3, 2 ranks against 1: largest difference {largest_difference(one, two):.1e} nats")
+        assert largest_difference(one, two) <= REASSOCIATION_NATS, name
+        assert len(one.result["decay_profile"]) == (0 if name == "llama" else 2)
+
+
 @pytest.mark.parametrize(("zero_stage", "workers", "precision"), [(0, 1, "fp32"), (1, 2, "bf16"), (3, 2, "fp32")])
 def test_resume_after_kill_gives_same_bits(train, zero_stage, workers, precision):
     how = {"workers": workers, "zero_stage": zero_stage, "recipe": {"precision": precision}}

@@ -1,0 +1,115 @@
+"""Linear attention with the delta rule and decay (DPLR) in chunks of plain torch: fast enough to train small models on
+a CPU, and exact for every decay in [0, 1].
+
+The idea: with the pseudo-value u_t = w_t v_t − β_t (diag(λ_t) S_{t-1})ᵀ k_t the recurrence is a plain decay scan,
+S_t = diag(λ_t) S_{t-1} + k_t u_tᵀ. Inside a chunk that starts from the state S,
+
+    u_t = w_t v_t − Sᵀ (Γ_t ⊙ y_t) − Σ_{s<t} A_ts u_s        A_ts = y_tᵀ (Γ_t/Γ_s ⊙ k_s)        y_t = β_t k_t
+
+with Γ_t the product of the chunk's λ up to t. So (I + A) u = w v − (Γ y) S, a triangular system that is solved for the
+values and for the decayed erasers Γ y at once, all chunks side by side. Only u = u₀ − Y S waits for the state before.
+
+What is unusual: as in decay_scan_chunked.py every decay is a product of λs and nothing is divided or subtracted, so
+λ = 0 (log = -inf) and λ = 1 are exact. Token t's output does not read later tokens: it is causal bit for bit.
+Source: delta_scan_naive.py is the definition; the triangular system is the WY representation of a product of
+Householder-like factors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.decay_scan_chunked import decay_between, halves, joined, scores, to_chunks
+
+CHUNK = 64
+
+
+def delta_scan_chunked(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+    v_bthv: Tensor,
+    beta_bth: Tensor,
+    log_decay: Tensor | None = None,
+    beta_on_write: bool = True,
+    initial_state_bhkv: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (o (B, T, H, V), final state (B, H, K, V) or None), both fp32, or float64 when q, β or the decay is.
+
+    beta_bth: from 0 to 2. log_decay: natural log of λ, (B, T, H) for one λ per head or (B, T, H, K) for one per key
+    channel; -inf is λ = 0, None is λ = 1. Any B >= 0 and T >= 0, K != V allowed. Differentiable in every tensor.
+    """
+    batch, length, heads, key_dim = q_bthk.shape
+    if log_decay is None:
+        log_decay = beta_bth.new_zeros(1, length, 1)
+    dtype = torch.promote_types(torch.promote_types(q_bthk.dtype, beta_bth.dtype), log_decay.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    q, k, v, beta, log_decay = (x.to(dtype) for x in (q_bthk, k_bthk, v_bthv, beta_bth[..., None], log_decay))
+    state = q.new_zeros(batch, heads, key_dim, v.shape[-1])
+    if initial_state_bhkv is not None:
+        state = initial_state_bhkv.to(dtype)
+    if length == 0:
+        return torch.zeros_like(v), state if output_final_state else None
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+    write = beta * v if beta_on_write else v
+    # Padding tokens have k = 0 and λ = 1: they change neither outputs nor state.
+    q, k, erase, write, log_decay = (to_chunks(x, size) for x in (q, k, beta * k, write, log_decay))
+    inside = _vector_pairs if log_decay.dim() == 5 else _scalar_pairs
+    read_scores, erase_scores, q, erase, k, total = inside(q, erase, k, log_decay)
+    solved = torch.linalg.solve_triangular(erase_scores, torch.cat([write, erase], dim=-1), upper=False, unitriangular=True)
+    u, erase = solved.split([v.shape[-1], key_dim], dim=-1)
+    u, states, state = _carry(u, erase, k, total, state)
+    o_bthv = (q @ states + read_scores @ u).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
+    return o_bthv, state if output_final_state else None
+
+
+def _scalar_pairs(q: Tensor, erase: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+    """All chunks by themselves for one decay per head: (scores of q against k, scores of erase against k, q and erase
+    decayed since the start, k decayed up to the end, total decays).
+
+    q, erase, k: (..., C, K); log_decay: (..., C). The scores are (..., C, C), row t for the reader, and 0 for later
+    keys; the total decay is (..., 1).
+    """
+    weight = decay_between(log_decay)
+    since_start = log_decay.cumsum(dim=-1).exp()[..., None]
+    pairs = ((x @ k.transpose(-1, -2)) * weight for x in (q, erase))
+    return *pairs, q * since_start, erase * since_start, k * weight[..., -1, :, None], since_start[..., -1, :]
+
+
+def _vector_pairs(q: Tensor, erase: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+    """As _scalar_pairs for one decay per channel: log_decay (..., C, K), C a power of two, the total decay (..., K)."""
+    total = log_decay.exp()
+    readers, k_decayed, half = torch.stack([q, erase]), k, 1
+    pairs = (readers * k).sum(dim=-1)[..., None, None]  # (2, ..., C / half, half, half)
+    readers = readers * total
+    while half < q.shape[-2]:
+        (early, late), (k_early, k_late) = halves(readers, half), halves(k_decayed, half)
+        total_early, total_late = halves(total, 1)
+        pairs = _block_triangular(pairs, scores(late, k_early))
+        readers = joined(early, late * total_early)
+        k_decayed = joined(k_early * total_late, k_late)
+        total = (total_early * total_late).flatten(-3, -2)
+        half *= 2
+    return *pairs.squeeze(-3), *readers, k_decayed, total.squeeze(-2)
+
+
+def _block_triangular(diagonal: Tensor, across: Tensor) -> Tensor:
+    """(..., 2n, h, h) diagonal blocks and the (..., n, h, h) below them -> (..., n, 2h, 2h), 0 above."""
+    early, late = diagonal.unflatten(-3, (diagonal.shape[-3] // 2, 2)).unbind(dim=-3)
+    return torch.cat([F.pad(early, [0, early.shape[-1]]), torch.cat([across, late], dim=-1)], dim=-2)
+
+
+def _carry(u: Tensor, erase: Tensor, k: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunks in sequence: (pseudo-values, the states before each chunk, the state after the last).
+
+    u: (B, H, chunks, C, V), what the pseudo-values are for a state of zeros; erase: (B, H, chunks, C, K), what takes
+    the state's part off them; k: decayed up to the chunk's end.
+    """
+    states, values = [], []
+    for u_c, erase_c, k_c, total_c in zip(*(x.unbind(dim=2) for x in (u, erase, k, total)), strict=True):
+        states.append(state)
+        values.append(u_c - erase_c @ state)
+        state = total_c[..., None] * state + k_c.transpose(-1, -2) @ values[-1]
+    return torch.stack(values, dim=2), torch.stack(states, dim=2), state
