@@ -27,12 +27,27 @@ AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluste
 
 
 @app.command()
-def plan(study_file: StudyFile, storage: StorageOption = None) -> None:
+def plan(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    gpu: Annotated[str | None, typer.Option(help="accelerator to plan for, such as H100 or A100-80GB")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="price of one GPU (or worker) for an hour")] = None,
+    mfu: Annotated[float | None, typer.Option(help="share of the GPU's peak to assume where nothing is measured")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, csv or json: one row per cell, refused ones too")] = "table",
+) -> None:
     """Show the trials, their parameters and cost, and every refused cell with its reason. Writes nothing."""
     from services.study.file import read_study
-    from services.study.show import show_plan
+    from services.study.forecast import asked_for, forecast
+    from services.study.plan import make_plan
+    from services.study.plan_rows import as_text, check_format
+    from services.study.show_plan import show_plan
 
-    show_plan(read_study(study_file, storage), _console())
+    check_format(form)
+    asked, study = asked_for(gpu, price, mfu), read_study(study_file, storage)
+    if form == "table":
+        show_plan(study, _console(), asked)
+    else:
+        typer.echo(as_text(forecast(make_plan(study), asked), form), nl=False)
 
 
 @app.command()
@@ -157,7 +172,7 @@ def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep t
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
     from services.schedule.driver import Options, run_study, to_stderr
     from services.study.file import read_study
-    from services.study.show import show_plan
+    from services.study.show_plan import show_plan
 
     path = Path(__file__).parents[1] / "tune_spaces" / "smoke.yaml"
     study = read_study(path, str(Path(storage).absolute()))
