@@ -153,9 +153,7 @@ def _verdict(claim: Claim, place: Place, found: Mapping[DesignPoint, Mapping[str
     return Verdict(claim=claim, place=place, answer=_answer(claim.quantifier, cases), cases=cases)
 
 
-def _case(
-    claim: Claim, pair: tuple[DesignPoint, DesignPoint | None], found: Mapping[DesignPoint, Mapping[str, float]]
-) -> Case:
+def _case(claim: Claim, pair: tuple[DesignPoint, DesignPoint | None], found: Mapping[DesignPoint, Mapping[str, float]]) -> Case:
     points = [point for point in pair if point is not None]
     name = " - ".join(point.name for point in points)
     values = [found.get(point, {}).get(claim.measure) for point in points]

@@ -122,8 +122,8 @@ def test_a_quantifier_decides_as_soon_as_the_unknown_cannot_change_it(quantifier
 
 
 def test_a_study_is_asked_at_its_own_sizes_and_forms_over_the_mean_of_its_seeds():
-    results = [trial("mamba2-vector", loss=4.0, seed=1), trial("mamba2-vector", loss=4.2, seed=2), trial("gla-vector", loss=4.3),
-               trial("hgrn2-vector", loss=4.15), trial("lightnet-vector", loss=4.4)]  # fmt: skip
+    results = [trial("mamba2-vector", loss=4.0, seed=1), trial("mamba2-vector", loss=4.2, seed=2)]
+    results += [trial(f"{decay}-vector", loss=loss) for decay, loss in (("gla", 4.3), ("hgrn2", 4.15), ("lightnet", 4.4))]
     verdicts = evaluate(measured_in(results))
     assert {verdict.place for verdict in verdicts} == {HERE}
     (best,) = [v for v in verdicts if v.claim.id == "mamba2-is-the-best-parameterization"]
