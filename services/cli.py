@@ -50,6 +50,19 @@ def plan(
         typer.echo(as_text(forecast(make_plan(study), asked), form), nl=False)
 
 
+@app.command("diff")
+def diff_command(
+    a: Annotated[str, typer.Argument(help="study file, study folder, or folder:trial (name or id)")],
+    b: Annotated[str, typer.Argument(help="what to compare it with, of the same kind")],
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="end with 1 where something differs")] = False,
+) -> None:
+    """Show what differs between two studies or two trials: design, recipe, data, code of the mechanism, results."""
+    from services.study.diff import diff
+
+    if diff(a, b, _console()) and exit_code:
+        raise typer.Exit(1)
+
+
 @app.command()
 def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Run what is missing of a study; running again resumes, and a finished study runs nothing."""

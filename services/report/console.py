@@ -14,6 +14,7 @@ from services.report.seed_spread import Configuration, SizeRanking, over_layers,
 from services.report.tables import counts_sentence, rank_list
 from services.study.result import StudySummary, TrialResult
 
+MOST_OMISSIONS = 12  # of a kind; a whole product of axes refuses hundreds
 ONLY_WITH_SEEDS = frozenset({"seeds", "not\nseparated"})
 COLUMNS = (
     "rank", "method", "seeds", "held-out\nloss", "above\nbest", "not\nseparated", "λ\ntrained", "tokens/s",
@@ -88,5 +89,6 @@ def _caption(summary: StudySummary, rankings: Sequence[SizeRanking]) -> str:
         ("unfinished", summary.unfinished),
         ("refused", summary.refused),
     ):
-        lines += [f"{label}: {o.name}: {o.reason}" for o in omissions]
+        lines += [f"{label}: {o.name}: {o.reason}" for o in omissions[:MOST_OMISSIONS]]
+        lines += [f"{label}: {more} more, all in the report"] if (more := len(omissions) - MOST_OMISSIONS) > 0 else []
     return escape("\n".join(lines))

@@ -93,7 +93,7 @@ def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[Tri
         n_finished=len(results),
         failed=tuple(Omission(name=name, reason=reason) for name, reason in failed),
         unfinished=tuple(Omission(name=name, reason=state) for name, state in waiting),
-        refused=tuple(Omission(name=cell.point.name, reason=cell.reason) for cell in plan.refused),
+        refused=tuple(Omission(name=cell.name, reason=cell.reason) for cell in plan.refused),
     )
 
 

@@ -164,7 +164,7 @@ VaryFields = create_model(
     "VaryFields",
     __base__=_GivenKeys,
     **{
-        field.name: (Annotated[list[_hints[field.name]], Field(min_length=1)] | None, None)  # type: ignore[name-defined]
+        field.name: (Annotated[list[_hints[field.name]], Field(min_length=1)] | None, None)  # type: ignore[name-defined,valid-type]
         for field in dataclasses.fields(Recipe)
     },  # type: ignore[call-overload]
 )

@@ -90,7 +90,8 @@ def _sum(seen: Forecast) -> str:
 def _spent(seen: Forecast, trials: Sequence[Trial]) -> str:
     gpu, money = seen.asked.gpu, seen.money(trials)
     unit = f"{gpu.name}-hours" if gpu else "GPU-hours" if seen.on_gpus else "worker-hours"
-    return f"{seen.device_hours(trials):,.3g} {unit}" + ("" if money is None else f" ({money:,.2f} at {seen.asked.price:g} each)")
+    cost = "" if money is None else f" ({money:,.2f} at {seen.asked.price:g} each)"
+    return f"{seen.device_hours(trials):,.3g} {unit}{cost}"
 
 
 def _sources(seen: Forecast) -> list[str]:
