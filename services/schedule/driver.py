@@ -24,7 +24,8 @@ from typing import Any
 from ray import tune
 
 from decay_core.recipe import Recipe
-from services.data.token_cache import DataSpec, TokenCache, prepare
+from services.data.corpus import Corpus, prepare_corpus, spec_of
+from services.data.token_cache import DataSpec
 from services.report.histogram import draw_histogram
 from services.schedule import cluster
 from services.schedule.trial import run_trial
@@ -33,6 +34,7 @@ from services.study.lease import Heartbeat, take
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, check_unchanged, next_manifest, read_manifest, write_manifest
 from services.study.plan import Plan, Trial, make_plan
+from services.study.recall_task import Task
 from services.study.result import TrialResult, UnreadableResult
 from services.study.storage import Storage
 from services.track.courier import Courier
@@ -127,17 +129,17 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare_data(plan: Plan, old: Manifest | None) -> TokenCache:
+def _prepare_data(plan: Plan, old: Manifest | None) -> Corpus:
     """The tokens of a study; a cache made just now for data that is then refused is removed again."""
     study, root = plan.study, data_cache_root(plan.study)
     there = set(root.iterdir()) if root.exists() else set()
-    cache = prepare(data_spec(study), root, workers=study.data.workers)
+    cache = prepare_corpus(data_spec(study), root, workers=study.data.workers)
     try:
         _check_long_enough(cache, plan)
-        next_manifest(old, plan, data_record(cache, study.to_recipe()))
+        next_manifest(old, plan, data_record(cache, plan.trials[0].recipe))
     except StudyError:
         if cache.path not in there:
-            shutil.rmtree(cache.path)
+            shutil.rmtree(cache.path, ignore_errors=True)  # a recall task has no files
             cache.path.with_name(f"{cache.path.name}.lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # only where nothing else is in them
                 root.rmdir()
@@ -146,12 +148,12 @@ def _prepare_data(plan: Plan, old: Manifest | None) -> TokenCache:
     return cache
 
 
-def _check_long_enough(cache: TokenCache, plan: Plan) -> None:
+def _check_long_enough(cache: Corpus, plan: Plan) -> None:
     seq_len = max(trial.recipe.seq_len for trial in plan.trials)
     for name, stream in (("training", cache.train), ("held-out", cache.held_out)):
         if stream.windows(seq_len) < 1:
             raise StudyError(
-                f"data.source {plan.study.data.source}: the {name} text has {stream.n_tokens} tokens, less than one "
+                f"data.source {plan.study.data.source}: the {name} text has {stream.tokens(seq_len)} tokens, less than one "
                 f"sequence of recipe.seq_len {seq_len}; use more text, another data.held_out_percent or a shorter seq_len"
             )
 
@@ -184,12 +186,12 @@ class _Run:
     lost: threading.Event
     _unreadable: set[str] = field(default_factory=set)
 
-    def go(self, cache: TokenCache, at_once: int) -> Exit:
+    def go(self, cache: Corpus, at_once: int) -> Exit:
         say, study = self.options.say, self.plan.study
         old = read_manifest(self.storage)  # again, under the lease: another driver may have been here since
         if old is not None:
             check_unchanged(old, self.plan)
-        manifest = next_manifest(old, self.plan, data_record(cache, study.to_recipe()))
+        manifest = next_manifest(old, self.plan, data_record(cache, self.plan.trials[0].recipe))
         root = Storage(study.storage).local_path
         # a server keeps artifacts where it was told to; a database on this machine keeps them beside the studies
         local_store = root is not None and not self.uri.startswith("http")
@@ -250,8 +252,11 @@ class _Run:
 
     def _draw(self, trial: Trial) -> None:
         table = self.storage.read(f"trials/{trial.id}/histograms.parquet")
-        if table is not None and not self.storage.exists(f"trials/{trial.id}/histogram.png"):
-            self.storage.write(f"trials/{trial.id}/histogram.png", draw_histogram(table, trial.name))
+        if table is None or self.storage.exists(f"trials/{trial.id}/histogram.png"):
+            return
+        picture = draw_histogram(table, trial.name)
+        if picture is not None:
+            self.storage.write(f"trials/{trial.id}/histogram.png", picture)
 
     def _train(self, missing: list[Trial], manifest: Manifest, courier: Courier, at_once: int) -> None:
         scratch = tempfile.mkdtemp(prefix="decay-tune-")
@@ -334,12 +339,12 @@ class _Run:
         return Exit.FAILED if any(state.state == "failed" for state in states.values()) else Exit.INCOMPLETE
 
 
-def data_spec(study: Study) -> DataSpec:
-    """The data of a study as the cache knows it."""
-    return DataSpec(**study.data.model_dump(exclude={"workers"}))
+def data_spec(study: Study) -> DataSpec | Task:
+    """The data of a study as services/data knows it."""
+    return spec_of(study.data.model_dump(exclude={"workers"}))
 
 
-def data_record(cache: TokenCache, recipe: Recipe) -> dict[str, Any]:
+def data_record(cache: Corpus, recipe: Recipe) -> dict[str, Any]:
     """What the manifest keeps of the data; the entropy and the tokens are those that the held-out loss is taken on."""
     windows = min(recipe.eval_sequences, cache.held_out.windows(recipe.seq_len))
     manifest = cache.manifest
@@ -350,8 +355,8 @@ def data_record(cache: TokenCache, recipe: Recipe) -> dict[str, Any]:
         "description": str(manifest["source"]["description"]),
         "spec": manifest["spec"],
         "unigram_entropy_nats": cache.held_out.target_entropy(windows, recipe.seq_len),
-        "held_out_tokens": windows * (recipe.seq_len - 1),
-        "train_tokens": cache.train.n_tokens,
+        "held_out_tokens": cache.held_out.targets(windows, recipe.seq_len),
+        "train_tokens": cache.train.tokens(recipe.seq_len),
     }
 
 
@@ -385,7 +390,9 @@ def params_of(trial: Trial, plan: Plan) -> dict[str, Any]:
     """What MLflow shows as parameters and compares on resume."""
     resources = plan.study.resources
     flat = {f"recipe.{key}": value for key, value in trial.content["recipe"].items()}
-    flat |= {f"data.{key}": value for key, value in trial.content["data"].items()}
+    data = dict(trial.content["data"])
+    flat |= {f"data.recall.{key}": value for key, value in data.pop("recall", {}).items()}
+    flat |= {f"data.{key}": value for key, value in data.items()}
     return {
         **trial.point.to_dict(),
         "method": trial.method,

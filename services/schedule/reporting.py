@@ -85,7 +85,7 @@ def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[Tri
         name=plan.study.name,
         question=plan.study.question.strip(),
         data=f"{manifest.data['source']}: {manifest.data['description']} (digest {manifest.data['digest'][:12]})",
-        tokenizer=plan.study.data.tokenizer,
+        tokenizer=plan.study.data.tokenizer if plan.study.data.recall is None else "none: the task generates its tokens",
         held_out_tokens=manifest.data["held_out_tokens"],
         unigram_entropy=manifest.data["unigram_entropy_nats"],
         tracking_uri=manifest.tracking.get("uri", ""),
