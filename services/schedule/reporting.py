@@ -14,6 +14,7 @@ from services.study.file import Study, StudyError
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, read_manifest
 from services.study.plan import Plan, make_plan
+from services.study.published import published_loss
 from services.study.result import Omission, StudySummary, TrialResult
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker, is_file_database
@@ -71,7 +72,8 @@ def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResu
         raw = storage.read(f"trials/{trial.id}/result.json")
         if raw is not None:
             result = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json")
-            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id)}))
+            printed = published_loss(trial.point, trial.size)
+            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id), "published_loss": printed}))
     return found
 
 

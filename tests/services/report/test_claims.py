@@ -138,3 +138,14 @@ def test_lines_give_every_figure_and_name_what_is_missing():
     assert "    +0.002  simple_decay_p0.99-vector-delta - simple_decay_p0.99-scalar-delta  (outside)" in text
     assert "    no loss of tnl-scalar-tpe" in text and "    no median lambda of mamba2-vector" in text
     assert f"{len(read_claims())} claims: " in text.splitlines()[-1] and "4 fail somewhere" in text.splitlines()[-1]
+
+
+def test_values_of_a_varied_recipe_are_asked_apart():
+    results = []
+    for decay, loss in (("mamba2", 4.0), ("mamba2_no_a", 4.001)):
+        for rate in (0.001, 0.003):
+            name = {"name": f"{decay}-vector-nano-lr{rate}-s42", "method": f"{decay}-vector lr={rate}"}
+            own = {"trial_id": f"{decay}{rate}", "varied": {"lr": rate}, **name}
+            results.append(trial(f"{decay}-vector", loss=loss + 10 * rate).model_copy(update=own))
+    verdicts = [v for v in evaluate(measured_in(results)) if v.claim.id == "mamba2-does-not-need-a"]
+    assert [(v.place.variant, v.answer) for v in verdicts] == [("lr 0.001", HOLDS), ("lr 0.003", HOLDS)]
