@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.report.published_table import SENTENCE, published_table
 from services.report.recall_figures import has_recall
 from services.report.seed_spread import SizeRanking
 from services.report.tables import (
@@ -107,6 +108,7 @@ def _size_blocks(ranking: SizeRanking) -> list[Block]:
         ),
         loss_table(ranking),
         FigureSlot(still=names["loss"], alt=f"held-out loss by method, {ranking.size}"),
+        *_published_blocks(ranking),
         Heading(level=2, text=f"Decay, {ranking.size}"),
     ]
     if not any(row.trained() for row in ranking.rows):
@@ -126,6 +128,13 @@ def _size_blocks(ranking: SizeRanking) -> list[Block]:
             moving=f"loss_by_decay:{ranking.size}",
         ),
     ]
+
+
+def _published_blocks(ranking: SizeRanking) -> list[Block]:
+    table = published_table(ranking)
+    if table is None:
+        return []
+    return [Heading(level=2, text=f"Beside the paper, {ranking.size}"), Paragraph(text=SENTENCE), table]
 
 
 def _omission_blocks(summary: StudySummary) -> list[Block]:

@@ -57,6 +57,16 @@ class Configuration:
         return fmean(t.train_loss_last_100 for t in self.trials)
 
     @property
+    def published_loss(self) -> float | None:
+        """The training loss that the paper prints for this point at this size; None where it has no such run."""
+        return self.trials[0].published_loss
+
+    @property
+    def above_published(self) -> float | None:
+        """Training loss over the last 100 steps less the published one."""
+        return None if self.published_loss is None else self.train_loss - self.published_loss
+
+    @property
     def unigram_entropy(self) -> float:
         """Entropy of the held-out token frequencies, mean over the seeds (they share one text)."""
         return fmean(t.unigram_entropy for t in self.trials)

@@ -14,6 +14,7 @@ from services.study.file import Study, StudyError
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, read_manifest
 from services.study.plan import Plan, make_plan
+from services.study.published import published_loss
 from services.study.result import Omission, StudySummary, TrialResult
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker, is_file_database
@@ -47,6 +48,16 @@ def report_study(study: Study, console: Console) -> None:
     console.print(how_to_open(uri), soft_wrap=True)
 
 
+def study_results(study: Study) -> list[TrialResult]:
+    """The results of a study's finished trials. Raises StudyError before the first."""
+    storage = study_storage(study)
+    manifest = read_manifest(storage)
+    results = [] if manifest is None else _results(make_plan(study), storage, manifest)
+    if not results:
+        raise StudyError(f"study {study.name!r} has no finished trial in {study.storage}; run it with decay run")
+    return results
+
+
 def how_to_open(uri: str) -> str:
     """The sentence that tells how to look at the runs."""
     if is_file_database(uri):
@@ -61,7 +72,8 @@ def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResu
         raw = storage.read(f"trials/{trial.id}/result.json")
         if raw is not None:
             result = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json")
-            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id)}))
+            printed = published_loss(trial.point, trial.size)
+            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id), "published_loss": printed}))
     return found
 
 

@@ -72,6 +72,7 @@ class TrialResult(_Record):
 
     Losses and `unigram_entropy` are nats per token; `wall_s` is seconds; `tokens` counts tokens trained on.
     `unigram_entropy` is the entropy of the held-out tokens' frequencies: the loss of a model that knows only those.
+    `published_loss` is what the paper prints for the point at this size; reports add it, nothing measures it.
     The accuracies are of recall tasks: the share of held-out answers that are the likeliest token, and of sequences with no
     wrong answer. `state_size` counts the numbers that the model keeps of one sequence after `seq_len` tokens.
     `device` is "cpu" or the GPU's name; `varied` what the study's `vary` set in the recipe; `mechanism` the SHA-256 of every
@@ -89,6 +90,7 @@ class TrialResult(_Record):
     tokens: Annotated[int, Field(ge=1)]
     held_out_loss: Nats
     train_loss_last_100: Nats
+    published_loss: Nats | None = None
     unigram_entropy: Nats
     vocab_size: Annotated[int, Field(ge=1)]
     tokens_per_second: Annotated[float, Field(ge=0.0)]
