@@ -23,6 +23,9 @@ from torch import Tensor
 
 from kernels.decay_scan_chunked import decay_between, halves, joined, scores, to_chunks
 
+# Forward and backward on one busy CPU core, chunks of 16/32/64/128. (B, T, H, D) = (16, 128, 1, 128): scalar 36/31/34/35,
+# vector 56/54/56/61 ms; (16, 128, 4, 32): scalar 30/31/37/54, vector 51/52/58/70 ms. On a GPU the sequence of chunks is
+# what takes the time: at (4, 2048, 6, 128) an H100 is 1.7 times as fast with 64 as with 32.
 CHUNK = 64
 
 
@@ -52,7 +55,7 @@ def delta_scan_chunked(
         state = initial_state_bhkv.to(dtype)
     if length == 0:
         return torch.zeros_like(v), state if output_final_state else None
-    size = min(CHUNK, 1 << (length - 1).bit_length())
+    size = min(CHUNK, 1 << (length - 1).bit_length())  # one token is not padded to a whole chunk
     write = beta * v if beta_on_write else v
     # Padding tokens have k = 0 and λ = 1: they change neither outputs nor state.
     q, k, erase, write, log_decay = (to_chunks(x, size) for x in (q, k, beta * k, write, log_decay))

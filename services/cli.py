@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 StudyFile = Annotated[Path, typer.Argument(help="study file (YAML), such as tune_spaces/smoke.yaml")]
 StorageOption = Annotated[str | None, typer.Option("--storage", help="folder or URI in place of the study file's own")]
+FormatOption = Annotated[Literal["table", "csv"], typer.Option("--format", help="for a person, or for a program")]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; default RAY_ADDRESS or this machine")]
 
 
@@ -64,7 +66,8 @@ def diff_command(
 @app.command()
 def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Run what is missing of a study; running again resumes, and a finished study runs nothing."""
-    from services.schedule.driver import Options, run_study, to_stderr
+    from services.schedule.driver import run_study
+    from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
 
     study = read_study(study_file, storage)
@@ -76,7 +79,7 @@ def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOp
 @app.command()
 def resume(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Resume a study that was started before: `run`, but refused when there is nothing to resume."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.file import StudyError, read_study
     from services.study.manifest import read_manifest
 
@@ -89,7 +92,7 @@ def resume(study_file: StudyFile, storage: StorageOption = None, address: Addres
 @app.command()
 def status(study_file: StudyFile, storage: StorageOption = None) -> None:
     """Show where every trial of a study stands."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.file import read_study
     from services.study.show import show_status
 
@@ -103,6 +106,47 @@ def report(study_file: StudyFile, storage: StorageOption = None) -> None:
     from services.study.file import read_study
 
     _report(read_study(study_file, storage))
+
+
+@app.command()
+def params(
+    study_files: Annotated[
+        list[Path] | None, typer.Argument(help="study files; none: every run of the paper", show_default=False)
+    ] = None,
+    format: FormatOption = "table",
+) -> None:
+    """Count the parameters of every run of the paper, or of every trial of study files, on the model that trains."""
+    from services.study.file import read_study
+    from services.study.parameter_counts import PAPER_HEADER, STUDY_HEADER, paper_counts, study_counts
+
+    if study_files:
+        _print_rows(STUDY_HEADER, study_counts(read_study(path) for path in study_files), format)
+    else:
+        _print_rows(PAPER_HEADER, paper_counts(), format)
+
+
+@app.command()
+def claims(
+    study_file: Annotated[Path | None, typer.Argument(help="a study with finished trials", show_default=False)] = None,
+    published: Annotated[bool, typer.Option("--published", help="ask the rows that the paper prints")] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Say which of the paper's claims hold, fail or cannot be tested, by its own rows or by a study's results."""
+    from services.report.claims import evaluate, measured_in, measured_in_paper
+    from services.report.claims_page import claim_lines
+    from services.study.file import StudyError
+
+    if published == (study_file is not None):
+        raise StudyError("decay claims takes a study file, or --published for the paper's own rows; give one of them")
+    if study_file is None:
+        measured = measured_in_paper()
+    else:
+        from services.schedule.reporting import study_results
+        from services.study.file import read_study
+
+        measured = measured_in(study_results(read_study(study_file, storage)))
+    for line in claim_lines(evaluate(measured)):
+        typer.echo(line)
 
 
 @app.command()
@@ -128,7 +172,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, remove nothing")] = False,
 ) -> None:
     """Remove checkpoints of finished trials (their weights and results stay), then the oldest until a quota is met."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.clean import clean_checkpoints
     from services.study.file import read_study
 
@@ -140,7 +184,8 @@ def clean(
 @app.command()
 def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep the demo's files")] = "runs") -> None:
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
-    from services.schedule.driver import Options, run_study, to_stderr
+    from services.schedule.driver import run_study
+    from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
     from services.study.show_plan import show_plan
 
@@ -156,6 +201,20 @@ def _console(stderr: bool = False) -> Console:
     """A terminal's own width, or wide enough for whole tables in a log."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else LOG_WIDTH)
+
+
+def _print_rows(header: Sequence[str], rows: Iterable[Sequence[str]], format: str) -> None:
+    import csv
+
+    from rich.table import Table
+
+    if format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
 
 
 def _report(study: object) -> None:

@@ -10,11 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 USE_SEAM = """
 import torch
-from decay_core.kernel_seam import decay_scan, explain_decay_scan
+from decay_core.kernel_seam import decay_scan, delta_scan, explain_decay_scan, explain_delta_scan
 x = torch.ones(1, 3, 1, 2)
 o, _ = decay_scan(x, x, x, torch.zeros(1, 3, 1))
 assert o[0, :, 0, 0].tolist() == [2.0, 4.0, 6.0], o
 assert "chunked" in explain_decay_scan(x, x, x[..., 0])
+o, _ = delta_scan(x, x, x, torch.zeros(1, 3, 1), beta_on_write=False)
+assert o[0, :, 0, 0].tolist() == [2.0, 4.0, 6.0], o
+assert "chunked" in explain_delta_scan(x, x)
 """
 USE_FOREIGN = "import kernels; assert kernels.marker == 'theirs'; from kernels import layer; assert layer.deep == 1\n"
 
