@@ -66,7 +66,8 @@ def diff_command(
 @app.command()
 def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Run what is missing of a study; running again resumes, and a finished study runs nothing."""
-    from services.schedule.driver import Options, run_study, to_stderr
+    from services.schedule.driver import run_study
+    from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
 
     study = read_study(study_file, storage)
@@ -78,7 +79,7 @@ def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOp
 @app.command()
 def resume(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Resume a study that was started before: `run`, but refused when there is nothing to resume."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.file import StudyError, read_study
     from services.study.manifest import read_manifest
 
@@ -91,7 +92,7 @@ def resume(study_file: StudyFile, storage: StorageOption = None, address: Addres
 @app.command()
 def status(study_file: StudyFile, storage: StorageOption = None) -> None:
     """Show where every trial of a study stands."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.file import read_study
     from services.study.show import show_status
 
@@ -171,7 +172,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, remove nothing")] = False,
 ) -> None:
     """Remove checkpoints of finished trials (their weights and results stay), then the oldest until a quota is met."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.clean import clean_checkpoints
     from services.study.file import read_study
 
@@ -183,7 +184,8 @@ def clean(
 @app.command()
 def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep the demo's files")] = "runs") -> None:
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
-    from services.schedule.driver import Options, run_study, to_stderr
+    from services.schedule.driver import run_study
+    from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
     from services.study.show_plan import show_plan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from services.report import build_report, console_table
-from services.schedule.driver import study_storage, tracking_uri
+from services.schedule.places import study_storage, tracking_uri
 from services.study.file import Study, StudyError
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, read_manifest

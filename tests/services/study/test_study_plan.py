@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from small_study import VALID, merged
 
+from services.study.cells import cells
 from services.study.cost import flops_per_token
 from services.study.file import RecipeFields, Study, StudyError, read_study
-from services.study.cells import cells
 from services.study.plan import WARM_BELOW_S, make_plan
 
 TUNE_SPACES = Path(__file__).parents[3] / "tune_spaces"

@@ -16,7 +16,7 @@ import pytest
 
 from services.data.corpus import prepare_corpus
 from services.data.token_cache import TokenCache, prepare
-from services.schedule.driver import data_record, data_spec, job_of
+from services.schedule.jobs import data_record, data_spec, job_of
 from services.study.file import Study
 from services.study.manifest import Manifest
 from services.study.plan import make_plan
