@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,16 +22,32 @@ app = typer.Typer(
 
 StudyFile = Annotated[Path, typer.Argument(help="study file (YAML), such as tune_spaces/smoke.yaml")]
 StorageOption = Annotated[str | None, typer.Option("--storage", help="folder or URI in place of the study file's own")]
+FormatOption = Annotated[Literal["table", "csv"], typer.Option("--format", help="for a person, or for a program")]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; default RAY_ADDRESS or this machine")]
 
 
 @app.command()
-def plan(study_file: StudyFile, storage: StorageOption = None) -> None:
+def plan(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    gpu: Annotated[str | None, typer.Option(help="accelerator to plan for, such as H100 or A100-80GB")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="price of one GPU (or worker) for an hour")] = None,
+    mfu: Annotated[float | None, typer.Option(help="share of the GPU's peak to assume where nothing is measured")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, csv or json: one row per cell, refused ones too")] = "table",
+) -> None:
     """Show the trials, their parameters and cost, and every refused cell with its reason. Writes nothing."""
     from services.study.file import read_study
-    from services.study.show import show_plan
+    from services.study.forecast import asked_for, forecast
+    from services.study.plan import make_plan
+    from services.study.plan_rows import as_text, check_format
+    from services.study.show_plan import show_plan
 
-    show_plan(read_study(study_file, storage), _console())
+    check_format(form)
+    asked, study = asked_for(gpu, price, mfu), read_study(study_file, storage)
+    if form == "table":
+        show_plan(study, _console(), asked)
+    else:
+        typer.echo(as_text(forecast(make_plan(study), asked), form), nl=False)
 
 
 @app.command()
@@ -78,6 +95,47 @@ def report(study_file: StudyFile, storage: StorageOption = None) -> None:
 
 
 @app.command()
+def params(
+    study_files: Annotated[
+        list[Path] | None, typer.Argument(help="study files; none: every run of the paper", show_default=False)
+    ] = None,
+    format: FormatOption = "table",
+) -> None:
+    """Count the parameters of every run of the paper, or of every trial of study files, on the model that trains."""
+    from services.study.file import read_study
+    from services.study.parameter_counts import PAPER_HEADER, STUDY_HEADER, paper_counts, study_counts
+
+    if study_files:
+        _print_rows(STUDY_HEADER, study_counts(read_study(path) for path in study_files), format)
+    else:
+        _print_rows(PAPER_HEADER, paper_counts(), format)
+
+
+@app.command()
+def claims(
+    study_file: Annotated[Path | None, typer.Argument(help="a study with finished trials", show_default=False)] = None,
+    published: Annotated[bool, typer.Option("--published", help="ask the rows that the paper prints")] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Say which of the paper's claims hold, fail or cannot be tested, by its own rows or by a study's results."""
+    from services.report.claims import evaluate, measured_in, measured_in_paper
+    from services.report.claims_page import claim_lines
+    from services.study.file import StudyError
+
+    if published == (study_file is not None):
+        raise StudyError("decay claims takes a study file, or --published for the paper's own rows; give one of them")
+    if study_file is None:
+        measured = measured_in_paper()
+    else:
+        from services.schedule.reporting import study_results
+        from services.study.file import read_study
+
+        measured = measured_in(study_results(read_study(study_file, storage)))
+    for line in claim_lines(evaluate(measured)):
+        typer.echo(line)
+
+
+@app.command()
 def submit(
     study_file: StudyFile,
     storage: StorageOption = None,
@@ -114,7 +172,7 @@ def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep t
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
     from services.schedule.driver import Options, run_study, to_stderr
     from services.study.file import read_study
-    from services.study.show import show_plan
+    from services.study.show_plan import show_plan
 
     path = Path(__file__).parents[1] / "tune_spaces" / "smoke.yaml"
     study = read_study(path, str(Path(storage).absolute()))
@@ -128,6 +186,20 @@ def _console(stderr: bool = False) -> Console:
     """A terminal's own width, or wide enough for whole tables in a log."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else LOG_WIDTH)
+
+
+def _print_rows(header: Sequence[str], rows: Iterable[Sequence[str]], format: str) -> None:
+    import csv
+
+    from rich.table import Table
+
+    if format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
 
 
 def _report(study: object) -> None:

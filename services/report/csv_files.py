@@ -19,7 +19,7 @@ ROW_HEADER = (
     "median_lambda_last_layer", "median_lambda_over_layers", "tokens_per_second",
 )  # fmt: skip
 LAYER_HEADER = ("size", "method", "seed", "trial_id", "when", "layer", "median", "p25", "p75", "mean", "min", "max")
-TRIAL_LEAVES_OUT = frozenset({"point", "decay_profile", "initial_decay_profile"})
+TRIAL_LEAVES_OUT = frozenset({"point", "decay_profile", "initial_decay_profile", "varied", "mechanism"})
 
 
 def ranking_csv(rankings: Sequence[SizeRanking]) -> str:
@@ -39,11 +39,18 @@ def layer_csv(results: Sequence[TrialResult]) -> str:
 
 
 def trial_csv(results: Sequence[TrialResult]) -> str:
-    """One line per trial with every field of its result but the profiles; the design point's axes have columns."""
+    """One line per trial with every field of its result but profiles and digests of code.
+
+    The design point's axes and the varied fields of the recipe have columns.
+    """
     fields = [name for name in TrialResult.model_fields if name not in TRIAL_LEAVES_OUT]
     axes = sorted({axis for t in results for axis in t.point})
-    lines = ([*(getattr(t, f) for f in fields), *(t.point.get(a) for a in axes)] for t in _ordered(results))
-    return _csv([*fields, *(f"point_{axis}" for axis in axes)], lines)
+    varied = sorted({key for t in results for key in t.varied})
+    lines = (
+        [*(getattr(t, f) for f in fields), *(t.point.get(a) for a in axes), *(t.varied.get(key) for key in varied)]
+        for t in _ordered(results)
+    )
+    return _csv([*fields, *(f"point_{axis}" for axis in axes), *(f"varied_{key}" for key in varied)], lines)
 
 
 def _ranking_line(ranking: SizeRanking, row: Configuration) -> Sequence[object]:

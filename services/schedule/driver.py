@@ -147,7 +147,7 @@ def _prepare_data(plan: Plan, old: Manifest | None) -> TokenCache:
 
 
 def _check_long_enough(cache: TokenCache, plan: Plan) -> None:
-    seq_len = plan.trials[0].recipe.seq_len
+    seq_len = max(trial.recipe.seq_len for trial in plan.trials)
     for name, stream in (("training", cache.train), ("held-out", cache.held_out)):
         if stream.windows(seq_len) < 1:
             raise StudyError(
@@ -363,6 +363,8 @@ def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest) -> di
         "study": plan.study.name,
         "trial": trial.id,
         "name": trial.name,
+        "method": trial.method,
+        "varied": trial.varied,
         "seed": trial.seed,
         "storage": storage.root,
         "config": trial.content["config"],
@@ -386,7 +388,7 @@ def params_of(trial: Trial, plan: Plan) -> dict[str, Any]:
     flat |= {f"data.{key}": value for key, value in trial.content["data"].items()}
     return {
         **trial.point.to_dict(),
-        "method": trial.point.name,
+        "method": trial.method,
         "size": trial.size,
         "seed": trial.seed,
         "parameters": trial.parameters,

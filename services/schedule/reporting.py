@@ -47,6 +47,16 @@ def report_study(study: Study, console: Console) -> None:
     console.print(how_to_open(uri), soft_wrap=True)
 
 
+def study_results(study: Study) -> list[TrialResult]:
+    """The results of a study's finished trials. Raises StudyError before the first."""
+    storage = study_storage(study)
+    manifest = read_manifest(storage)
+    results = [] if manifest is None else _results(make_plan(study), storage, manifest)
+    if not results:
+        raise StudyError(f"study {study.name!r} has no finished trial in {study.storage}; run it with decay run")
+    return results
+
+
 def how_to_open(uri: str) -> str:
     """The sentence that tells how to look at the runs."""
     if is_file_database(uri):

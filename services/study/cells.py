@@ -69,6 +69,14 @@ def fitting(configs: Iterable[ModelConfig]) -> tuple[list[ModelConfig], list[Cel
     return kept, refused
 
 
+def by_reason(refused: Iterable[Cell]) -> list[list[Cell]]:
+    """Refused cells in groups of one reason, the largest group first."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in refused:
+        groups.setdefault(cell.reason, []).append(cell)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
 def _judge(point: DesignPoint, block: int) -> Cell:
     try:
         point.check()

@@ -11,7 +11,7 @@ Not counted, since they are small or the choice of an implementation: norms, act
 encodings (TPE's recurrence too), what a chunked scan does inside its chunks, and anything computed again.
 
 What is unusual: no closed form. The weights are counted on the class that trains, built without memory. Two points whose
-first layers have parameters of the same names and shapes are taken to be of one make, and that is built whole once.
+first two layers have parameters of the same shapes are of one make, and that is built whole once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from functools import cache
 from torch import nn
 
 from decay_core import transitions
+from decay_core.design import Refusal
 from decay_core.model import ModelConfig, build_model, state_size
 
 FORWARD_AND_BACKWARD = 3
@@ -36,7 +37,7 @@ class Counted:
     multiplied: int
 
 
-Layout = tuple[tuple[str, tuple[int, ...]], ...]
+Layout = tuple[tuple[bool, tuple[int, ...]], ...]
 _counted: dict[tuple[Layout, int], Counted] = {}
 
 
@@ -55,9 +56,20 @@ def count_model(config: ModelConfig) -> Counted:
 
 @cache
 def _layout(config: ModelConfig) -> Layout:
-    """Names and shapes of all parameters of the model with its first layers only."""
-    few = replace(config, size=replace(config.size, layers=min(SAMPLE_LAYERS, config.size.layers)))
-    return tuple((name, tuple(value.shape)) for name, value in build_model(few, device="meta").named_parameters())
+    """Of every parameter of the model with its first layers only: whether it is multiplied, and its shape."""
+    few = replace(config, size=replace(config.size, layers=SAMPLE_LAYERS))
+    model = build_model(few if fits(few) else config, device="meta")
+    own = ((module, value) for module in model.modules() for value in module.parameters(recurse=False))
+    return tuple(sorted((isinstance(module, nn.Linear), tuple(value.shape)) for module, value in own))
+
+
+def fits(config: ModelConfig) -> bool:
+    """Whether a model can be built; a fixed decay that needs many layers cannot be with few."""
+    try:
+        config.check()
+    except Refusal:
+        return False
+    return True
 
 
 def _shape_only(config: ModelConfig) -> ModelConfig:

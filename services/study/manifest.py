@@ -18,7 +18,7 @@ from services.study.storage import Storage, canonical_json
 NAME = "study.json"
 # What may differ between two runs of one study: growth is judged by trial ids, the rest does not bear on a result's bits.
 FREE = {
-    "space", "sizes", "seeds", "budget", "question", "storage", "data.workers", "resources.backend",
+    "space", "sizes", "seeds", "vary", "match", "budget", "question", "storage", "data.workers", "resources.backend",
     "resources.max_concurrent_trials", "resources.max_failures", "resources.assumed_gflops_per_worker",
     "resources.cpus_per_worker", "tracking",
 }  # fmt: skip

@@ -15,7 +15,7 @@ Source: paper arXiv 2509.05282, the figures of median decay per layer; the loss 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -71,6 +71,8 @@ class TrialResult(_Record):
 
     Losses and `unigram_entropy` are nats per token; `wall_s` is seconds; `tokens` counts tokens trained on.
     `unigram_entropy` is the entropy of the held-out tokens' frequencies: the loss of a model that knows only those.
+    `device` is "cpu" or the GPU's name; `varied` what the study's `vary` set in the recipe; `mechanism` the SHA-256 of every
+    file that the forward pass is made of. Results of earlier releases have none of the three.
     """
 
     trial_id: Annotated[str, Field(min_length=1)]
@@ -96,6 +98,9 @@ class TrialResult(_Record):
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     mlflow_run_id: str | None = None
     bits_per_byte: Annotated[float, Field(ge=0.0)] | None = None
+    device: str = ""
+    varied: dict[str, Any] = Field(default_factory=dict)
+    mechanism: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,4 +1,4 @@
-"""Plans and states as tables for a terminal or a log."""
+"""Where the trials of a study stand, as a table for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -12,50 +12,8 @@ from rich.table import Table
 from services.study.file import Study
 from services.study.ledger import Ledger
 from services.study.manifest import read_manifest
-from services.study.plan import CPU_GFLOPS_PER_THREAD, GPU_GFLOPS, Plan, make_plan
+from services.study.plan import make_plan
 from services.study.storage import Storage
-
-
-def show_plan(study: Study, console: Console) -> Plan:
-    """Prints the plan of a study; returns it. Writes nothing. Raises StudyError as `make_plan` does."""
-    plan = make_plan(study)
-    table = Table(title=escape(f"plan of {study.name}: {study.question.strip()}"), title_justify="left")
-    for name, justify in (("trial", "left"), ("id", "left"), ("parameters", "right"), ("tokens", "right"),
-                          ("PFLOP", "right"), ("about", "right")):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for trial in plan.trials:
-        table.add_row(
-            trial.name,
-            trial.id,
-            f"{trial.parameters:,}",
-            f"{trial.tokens:,}",
-            f"{trial.flops / 1e15:,.3g}",
-            duration(plan.seconds(trial)),
-        )
-    console.print(table)
-    resources = study.resources
-    console.print(
-        f"{len(plan.trials)} trials, {plan.backend} backend, {resources.workers} worker(s) each "
-        f"(ZeRO {resources.zero_stage}, {resources.gpus_per_worker:g} GPU, {resources.cpus_per_worker:g} CPU a worker); "
-        f"about {plan.worker_hours:.3g} worker-hours in all at {_rate(plan)}; "
-        f"{plan.disk_bytes(plan.trials) / 2**30:.2f} GiB of checkpoints and weights."
-    )
-    if plan.refused:
-        refused = Table(title=f"{len(plan.refused)} cells refused", title_justify="left")
-        for column in ("point", "reason", "nearest valid point"):
-            refused.add_column(column)
-        for cell in plan.refused:
-            refused.add_row(cell.point.name, escape(cell.reason), cell.nearest)
-        console.print(refused)
-    return plan
-
-
-def _rate(plan: Plan) -> str:
-    resources = plan.study.resources
-    if resources.assumed_gflops_per_worker:
-        return f"{plan.gflops_per_worker:,.0f} GFLOP/s a worker (resources.assumed_gflops_per_worker)"
-    assumed, what = (GPU_GFLOPS, "GPU") if resources.gpus_per_worker else (CPU_GFLOPS_PER_THREAD, "thread")
-    return f"{plan.gflops_per_worker:,.0f} GFLOP/s a worker (assumed: {assumed:,.0f} a {what})"
 
 
 def show_status(study: Study, storage: Storage, console: Console) -> None:

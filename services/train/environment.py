@@ -17,3 +17,10 @@ def prepare_process(threads: int, gpus: float) -> None:
 def device_of(gpus: float) -> str:
     """The device of this worker: Ray shows each process only its own GPU, so it is always the first."""
     return "cuda:0" if gpus > 0 else "cpu"
+
+
+def device_name(device: str) -> str:
+    """ "cpu", or the GPU's name as its driver says it."""
+    import torch
+
+    return device if device == "cpu" else str(torch.cuda.get_device_name(device))

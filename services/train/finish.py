@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
+from services.train.environment import device_name
 from services.train.step_log import parse
 from services.train.telemetry import merge_histograms
 
@@ -36,7 +38,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     result = TrialResult(
         trial_id=job.trial,
         name=job.name,
-        method=job.model_config.point.name,
+        method=job.method or job.model_config.point.name,
         point=job.model_config.point.to_dict(),
         size=job.model_config.size.name,
         seed=job.seed,
@@ -56,6 +58,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         world_size=trainer.world.size,
         zero_stage=job.rank_resources.zero_stage,
         mlflow_run_id=None,
+        device=device_name(trainer.world.device),
+        varied=job.varied,
+        mechanism=mechanism_code(job.model_config.point),
     )
     trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
     trainer.storage.write("result.json", result.to_json().encode())

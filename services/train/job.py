@@ -6,7 +6,7 @@ digest says refuses to train (the alternative is a result that nobody can reprod
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from decay_core.model import ModelConfig
@@ -31,7 +31,10 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialJob:
-    """One trial of one study. `storage` is the study's root, `data` is {spec, digest, path}; the rest as dicts."""
+    """One trial of one study. `storage` is the study's root, `data` is {spec, digest, path}; the rest as dicts.
+
+    `method` is what seeds are compared under, by default the point's name; `varied` what the study's `vary` set.
+    """
 
     study: str
     trial: str
@@ -42,6 +45,8 @@ class TrialJob:
     recipe: dict[str, Any]
     data: dict[str, Any]
     resources: dict[str, Any]
+    method: str = ""
+    varied: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
