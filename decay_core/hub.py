@@ -44,8 +44,8 @@ class DecayConfig(PretrainedConfig):
             config = ModelConfig.from_dict(design)
             self.vocab_size, self.hidden_size = config.padded_vocab, config.size.d_model
             self.num_hidden_layers, self.num_attention_heads = config.size.layers, config.heads
-        rest = {name: value for name, value in others.items() if name not in DERIVED}
-        super().__init__(**{"tie_word_embeddings": False, **rest})
+            _check_derived(self, others)
+        super().__init__(**{"tie_word_embeddings": False, **others})
 
     def to_model_config(self) -> ModelConfig:
         """The configuration as decay_core knows it. Raises ValueError where there is none."""
@@ -88,7 +88,7 @@ class DecayCache:
         return DecayCache(groups=tuple(chosen), length=self.length)
 
 
-class DecayForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DecayForCausalLM(PreTrainedModel, GenerationMixin):
     """A Decay Linear Transformer of one design point."""
 
     config_class = DecayConfig
@@ -122,24 +122,28 @@ class DecayForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         keeps = bool(use_cache) or past_key_values is not None
         if keeps and labels is not None and torch.is_grad_enabled():
             raise ValueError("labels and a cache do not go together: reading into a cache computes no gradient; use one")
-        readings = list(_readings(input_ids, attention_mask, past_key_values, keeps))
         last = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
-        logits, groups = self._read(readings, keeps, last)
-        logits = _in_order(logits, readings, min(last, input_ids.shape[1]) or input_ids.shape[1])
-        loss = None
-        if labels is not None:
-            options = {name: value for name, value in others.items() if name in LOSS_OPTIONS}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        missing = torch.arange(logits.shape[-1], device=logits.device) >= self.model.config.vocab_size
-        seen = 0 if past_key_values is None else past_key_values.length
+        readings = list(_readings(input_ids, attention_mask, past_key_values, keeps))
+        parts, groups = self._read(readings, keeps, last)
+        logits = _in_order(parts, readings, min(last, input_ids.shape[1]) or input_ids.shape[1])
+        kept = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+        seen = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.length)
         output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits[:, kept].masked_fill(missing, -torch.inf),
-            past_key_values=DecayCache(groups=tuple(groups), length=seen + input_ids.shape[1]) if use_cache else None,
+            loss=None if labels is None else self._loss(logits, labels, others),
+            logits=kept.masked_fill(self._without_token(logits), -torch.inf),
+            past_key_values=DecayCache(groups=tuple(groups), length=seen) if use_cache else None,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else tuple(output.to_tuple())
+
+    def _loss(self, logits: Tensor, labels: Tensor, others: dict[str, Any]) -> Tensor:
+        options = {name: value for name, value in others.items() if name in LOSS_OPTIONS}
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
+        return loss
+
+    def _without_token(self, logits: Tensor) -> Tensor:
+        """Which ids of the padded vocabulary stand for nothing: (V,) bool."""
+        return torch.arange(logits.shape[-1], device=logits.device) >= self.model.config.vocab_size
 
     def _read(self, readings: list[Reading], keeps: bool, last: int) -> tuple[list[Tensor], list[Group]]:
         """Logits of every reading (those of the `last` tokens, 0: all), and the states after them where `keeps`."""
@@ -192,6 +196,12 @@ def _delicate(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+def _check_derived(config: DecayConfig, others: dict[str, Any]) -> None:
+    for name in DERIVED:
+        if others.pop(name, own := getattr(config, name)) != own:
+            raise ValueError(f"{name} follows from the design of this model and is {own}; leave it out")
+
+
 def _check(input_ids: Tensor | None, cache: object, others: dict[str, Any]) -> None:
     if input_ids is None or input_ids.shape[1] == 0:
         raise ValueError("input_ids with at least one token are needed")
@@ -203,9 +213,7 @@ def _check(input_ids: Tensor | None, cache: object, others: dict[str, Any]) -> N
         raise ValueError(f"{wanted[0]} is not supported by this model; leave it out")
 
 
-def _readings(
-    input_ids: Tensor, attention_mask: Tensor | None, cache: DecayCache | None, keeps: bool
-) -> Iterator[Reading]:
+def _readings(input_ids: Tensor, attention_mask: Tensor | None, cache: DecayCache | None, keeps: bool) -> Iterator[Reading]:
     """The batch in parts that can be read as they are."""
     columns = input_ids.shape[1]
     if cache is not None:
@@ -218,7 +226,7 @@ def _readings(
         yield Reading(rows=torch.arange(input_ids.shape[0], device=input_ids.device), tokens=input_ids, state=None)
         return
     padding = _padding(attention_mask.bool(), input_ids, keeps)
-    for width in padding.unique().tolist():
+    for width in sorted(set(padding.tolist())):
         rows = (padding == width).nonzero().squeeze(1)
         yield Reading(rows=rows, tokens=input_ids[rows, width:], state=None)
 

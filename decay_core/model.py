@@ -160,9 +160,7 @@ class DecayLinearTransformer(nn.Module):
         return out
 
     @torch.no_grad()
-    def extend(
-        self, tokens_bt: Tensor, state: DecodeState | None = None, *, last: int = 0
-    ) -> tuple[Tensor, DecodeState]:
+    def extend(self, tokens_bt: Tensor, state: DecodeState | None = None, *, last: int = 0) -> tuple[Tensor, DecodeState]:
         """Reads new tokens (B, T), T >= 1, that follow those of `state`; returns their logits (B, T, padded vocabulary)
         and the state after them. The logits are those of `forward` on the whole text. `last` > 0 computes those of the
         last tokens only: a prompt's others are large and read by nobody."""

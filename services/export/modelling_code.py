@@ -13,7 +13,8 @@ import ast
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import decay_core
@@ -24,6 +25,7 @@ ENTRY, MODELLING = "decay_core.hub", "modeling_decay"
 VARIANTS = "chosen_variants"
 SEAM, SELECTOR = "decay_core.kernel_seam", "kernels.select_kernel"
 LOADER = ("_FOLDER", "_load_selector", "_SELECTOR")  # what the seam needs to reach a folder
+PACKAGES = {package.__name__: package for package in (decays, positions, transitions)}  # the folders of variants
 OURS = re.compile(r"(decay_core|kernels)(\.\w+)*")
 ROOT = Path(decay_core.__file__).resolve().parents[1]
 Lines = dict[int, str | None]  # line number, counted from 1, to what stands there instead; None is no line
@@ -38,19 +40,15 @@ def modelling_code(point: DesignPoint) -> dict[str, str]:
 
     Raises ExportError where a source file imports in a way that cannot be made relative.
     """
-    chosen = {
-        package.__name__: {name: package.get(name)}
-        for package, name in ((decays, point.decay), (positions, point.position), (transitions, point.transition))
-    }
-    waiting = [ENTRY, *sorted({variant.__module__ for variants in chosen.values() for variant in variants.values()})]
+    axes = zip(PACKAGES, (point.decay, point.position, point.transition), strict=True)
+    chosen = {package: (name, PACKAGES[package].get(name)) for package, name in axes}
+    waiting = [ENTRY, *sorted(kind.__module__ for _, kind in chosen.values())]
     files: dict[str, str] = {}
     while waiting:
         module = waiting.pop(0)
         if (name := f"{flat(module)}.py") not in files:
-            source = _source(module)
-            tree = ast.parse(source)
-            files[name] = _header(module, source) + _with_lines(source, _replaced(module, tree, set(chosen)))
-            waiting += sorted(_imported(module, tree, set(chosen)))
+            files[name], imported = _rewritten(module, _source(module))
+            waiting += imported
     return files | {f"{VARIANTS}.py": _variants_file(chosen)}
 
 
@@ -72,6 +70,13 @@ def _source(module: str) -> str:
         raise ExportError(f"source of {module}: {path}: {error.strerror}; export from a whole checkout") from error
 
 
+@cache
+def _rewritten(module: str, source: str) -> tuple[str, tuple[str, ...]]:
+    """A module's text as it is exported, and the modules that it needs."""
+    tree = ast.parse(source)
+    return _header(module, source) + _with_lines(source, _replaced(module, tree)), tuple(sorted(_imported(module, tree)))
+
+
 def _header(module: str, source: str) -> str:
     digest = hashlib.sha256(source.encode()).hexdigest()
     return (
@@ -89,26 +94,26 @@ def _imports(tree: ast.Module) -> Iterator[ast.ImportFrom]:
             yield node
 
 
-def _imported(module: str, tree: ast.Module, packages: set[str]) -> set[str]:
+def _imported(module: str, tree: ast.Module) -> set[str]:
     """Our modules whose files this one needs; the folders of variants are not among them."""
-    named = {node.module or "" for node in _imports(tree)} - packages - {decay_core.__name__}
+    named = {node.module or "" for node in _imports(tree)} - set(PACKAGES) - {decay_core.__name__}
     return named | {SELECTOR} if module == SEAM else named
 
 
-def _replaced(module: str, tree: ast.Module, packages: set[str]) -> Lines:
+def _replaced(module: str, tree: ast.Module) -> Lines:
     """What stands in place of the lines of our imports, and of the seam's loader."""
     lines: Lines = {}
     for node in _imports(tree):
         names = ", ".join(f"{alias.name} as {alias.asname}" if alias.asname else alias.name for alias in node.names)
-        lines |= _one_line(node, f"from .{_target(node, packages)} import {names}")
+        lines |= _one_line(node, f"from .{_target(node)} import {names}")
     return lines | _seam_lines(tree) if module == SEAM else lines
 
 
-def _target(node: ast.ImportFrom, packages: set[str]) -> str:
+def _target(node: ast.ImportFrom) -> str:
     module = node.module or ""
     if module != decay_core.__name__:
         return flat(module)
-    unknown = [alias.name for alias in node.names if f"{module}.{alias.name}" not in packages]
+    unknown = [alias.name for alias in node.names if f"{module}.{alias.name}" not in PACKAGES]
     if unknown:
         raise ExportError(f"`from {module} import {unknown[0]}` cannot be exported; import names out of that module instead")
     return VARIANTS
@@ -148,24 +153,21 @@ def _with_lines(source: str, replaced: Lines) -> str:
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def _variants_file(chosen: dict[str, dict[str, type]]) -> str:
+def _variants_file(chosen: dict[str, tuple[str, type]]) -> str:
     """The generated file: for each folder an object with its functions `names` and `get`."""
     parts = [_VARIANTS_HEAD.format(folders=", ".join(package.replace(".", "/") for package in chosen))]
-    for package, variants in chosen.items():
+    for package, (name, kind) in chosen.items():
         axis = package.rsplit(".", 1)[-1]
-        parts.append(f"def _{axis}() -> dict[str, type]:\n{_lazy_imports(variants.values())}")
-        parts.append(f"    return {{{', '.join(f'{name!r}: {kind.__name__}' for name, kind in variants.items())}}}\n\n\n")
-    parts.append("\n".join(f"{axis} = Variants(_{axis})" for axis in (package.rsplit(".", 1)[-1] for package in chosen)))
-    return "".join(parts) + "\n"
-
-
-def _lazy_imports(kinds: Iterable[type]) -> str:
-    return "".join(f"    from .{flat(kind.__module__)} import {kind.__name__}\n\n" for kind in kinds)
+        parts.append(
+            f"def _{axis}() -> dict[str, type]:\n    from .{flat(kind.__module__)} import {kind.__name__}\n\n"
+            f'    return {{"{name}": {kind.__name__}}}\n\n\n{axis} = Variants(_{axis})\n'
+        )
+    return "\n\n".join(parts)
 
 
 _VARIANTS_HEAD = '''\
 # Generated by `decay export`. It stands for the folders {folders} of the project decay.
-"""The variants that this model is built of, by name. They import what imports this file, so they are imported when asked for."""
+"""The variants that this model is built of, by name. They import what imports this file, so they are imported late."""
 
 from __future__ import annotations
 
@@ -185,6 +187,4 @@ class Variants:
     def get(self, name: str) -> type:
         """The class called `name`; KeyError when there is none."""
         return self._load()[name]
-
-
 '''
