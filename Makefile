@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-gpu lint bench-orchestration clean
+.PHONY: setup demo test test-fast test-gpu test-paper lint bench-orchestration clean
 
 setup: $(VENV)/.ready
 
@@ -23,13 +23,17 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -x -q -m 'not gpu'
+	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper'
 
 test-fast: setup
-	$(BIN)/python -m pytest -x -q -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper and not slow'
 
 test-gpu: setup
 	$(BIN)/python -m pytest -x -q -m gpu
+
+# All 39 configurations of the paper at nano size through the whole service: under 35 minutes on two cores.
+test-paper: setup
+	$(BIN)/python -m pytest -x -q -s -m paper
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from decay_core.design import DesignPoint
 from decay_core.model import ModelConfig, build_model
 from decay_core.recipe import Recipe, parameter_groups
 from decay_core.sizes import get_size
+from services.study.cost import flops_per_token
 
 POINTS = {
     "mamba2-vector": DesignPoint(decay="mamba2"),
@@ -53,8 +54,7 @@ def measure(point: DesignPoint, arguments: argparse.Namespace, device: str) -> s
         first = value if step == 0 else first
         seconds.append(time.perf_counter() - started)
     spent = statistics.median(seconds[2:])
-    count = sum(p.numel() for p in model.parameters())
-    flops = 6.0 * (count - config.padded_vocab * config.size.d_model) * tokens.numel()
+    flops = flops_per_token(config, arguments.seq_len) * tokens.numel()
     return (
         f"| {point.name} | {arguments.size} | {first:.4f} (ln V = {math.log(config.padded_vocab):.4f}) | {names} "
         f"| {tokens.numel() / spent:,.0f} | {flops / spent / 1e9:,.0f} |"

@@ -50,10 +50,24 @@ def plan(
         typer.echo(as_text(forecast(make_plan(study), asked), form), nl=False)
 
 
+@app.command("diff")
+def diff_command(
+    a: Annotated[str, typer.Argument(help="study file, study folder, or folder:trial (name or id)")],
+    b: Annotated[str, typer.Argument(help="what to compare it with, of the same kind")],
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="end with 1 where something differs")] = False,
+) -> None:
+    """Show what differs between two studies or two trials: design, recipe, data, code of the mechanism, results."""
+    from services.study.diff import diff
+
+    if diff(a, b, _console()) and exit_code:
+        raise typer.Exit(1)
+
+
 @app.command()
 def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Run what is missing of a study; running again resumes, and a finished study runs nothing."""
-    from services.schedule.driver import Options, run_study, to_stderr
+    from services.schedule.driver import run_study
+    from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
 
     study = read_study(study_file, storage)
@@ -65,7 +79,7 @@ def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOp
 @app.command()
 def resume(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
     """Resume a study that was started before: `run`, but refused when there is nothing to resume."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.file import StudyError, read_study
     from services.study.manifest import read_manifest
 
@@ -78,7 +92,7 @@ def resume(study_file: StudyFile, storage: StorageOption = None, address: Addres
 @app.command()
 def status(study_file: StudyFile, storage: StorageOption = None) -> None:
     """Show where every trial of a study stands."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.file import read_study
     from services.study.show import show_status
 
@@ -158,7 +172,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, remove nothing")] = False,
 ) -> None:
     """Remove checkpoints of finished trials (their weights and results stay), then the oldest until a quota is met."""
-    from services.schedule.driver import study_storage
+    from services.schedule.places import study_storage
     from services.study.clean import clean_checkpoints
     from services.study.file import read_study
 
@@ -185,7 +199,8 @@ def export(
 @app.command()
 def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep the demo's files")] = "runs") -> None:
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
-    from services.schedule.driver import Options, run_study, to_stderr
+    from services.schedule.driver import run_study
+    from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
     from services.study.show_plan import show_plan
 

@@ -50,6 +50,22 @@ class TokenStream:
             done, shard = done + len(piece), shard + 1
         return row
 
+    def example(self, i: int, seq_len: int) -> tuple[NDArray[np.int64], None]:
+        """Window i, and no targets of its own: in text each token is the target of the one before."""
+        return self.window(i, seq_len), None
+
+    def excerpt(self, tokens: int, seq_len: int) -> NDArray[np.int64]:
+        """The first `tokens` tokens, or all where there are fewer, as one row, int64 [1, tokens]; `seq_len` cuts nothing."""
+        return self.window(0, min(tokens, self.n_tokens))[None]
+
+    def tokens(self, seq_len: int) -> int:
+        """Tokens in the split, whatever `seq_len`."""
+        return self.n_tokens
+
+    def targets(self, windows: int, seq_len: int) -> int:
+        """How many targets the first `windows` windows have."""
+        return min(windows, self.windows(seq_len)) * (seq_len - 1)
+
     def counts(self, entries: int) -> NDArray[np.int64]:
         """How often each of `entries` ids occurs, int64 [entries]; reads everything once."""
         total = np.zeros(entries, dtype=np.int64)

@@ -17,7 +17,8 @@ from services.report.csv_files import layer_csv, ranking_csv, trial_csv
 from services.report.html_page import html_page
 from services.report.markdown_page import markdown_page
 from services.report.moving_figures import moving_decay_figure, moving_loss_figure
-from services.report.page_content import figure_names, page_blocks
+from services.report.page_content import RECALL_FIGURE, figure_names, page_blocks
+from services.report.recall_figures import has_recall, moving_recall_figure, recall_figure
 from services.report.seed_spread import SizeRanking, rank_by_size
 from services.report.still_figures import decay_figure, loss_by_decay_figure, loss_figure
 from services.study.result import StudySummary, TrialResult
@@ -47,6 +48,8 @@ def build_report(summary: StudySummary, results: Sequence[TrialResult], out_dir:
     rankings = rank_by_size(results)
     blocks = page_blocks(summary, results, rankings)
     pictures = {name: picture for ranking in rankings for name, picture in _pictures(ranking).items()}
+    if has_recall(rankings):
+        pictures[RECALL_FIGURE] = recall_figure(rankings)
     for name, picture in pictures.items():
         write_atomically(out_dir / name, picture)
     for name, text in (
@@ -78,7 +81,7 @@ def _pictures(ranking: SizeRanking) -> dict[str, bytes]:
 
 
 def _moving(rankings: Sequence[SizeRanking]) -> dict[str, str]:
-    moving = {}
+    moving = {"accuracy": moving_recall_figure(rankings, "accuracy")} if has_recall(rankings) else {}
     for index, ranking in enumerate(rankings):
         if any(row.trained() for row in ranking.rows):
             moving[f"decay:{ranking.size}"] = moving_decay_figure(ranking, f"decay-{index}")

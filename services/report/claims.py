@@ -118,9 +118,13 @@ def measured_in(results: Sequence[TrialResult]) -> Measured:
     for ranking in rank_by_size(results):
         for row in ranking.rows:
             point = DesignPoint.from_dict(dict(row.trials[0].point))
-            place = Place(size=row.size, form=point.form, variant=row.label.removeprefix(row.method).strip(" ()"))
+            place = Place(size=row.size, form=point.form, variant=_variant(row.trials[0]))
             found.setdefault(place, {})[replace(point, form="as_published")] = _measures(row)
     return found
+
+
+def _variant(trial: TrialResult) -> str:
+    return ", ".join(f"{key} {value}" for key, value in trial.varied.items())
 
 
 def _measures(row: Configuration) -> dict[str, float]:
@@ -153,9 +157,7 @@ def _verdict(claim: Claim, place: Place, found: Mapping[DesignPoint, Mapping[str
     return Verdict(claim=claim, place=place, answer=_answer(claim.quantifier, cases), cases=cases)
 
 
-def _case(
-    claim: Claim, pair: tuple[DesignPoint, DesignPoint | None], found: Mapping[DesignPoint, Mapping[str, float]]
-) -> Case:
+def _case(claim: Claim, pair: tuple[DesignPoint, DesignPoint | None], found: Mapping[DesignPoint, Mapping[str, float]]) -> Case:
     points = [point for point in pair if point is not None]
     name = " - ".join(point.name for point in points)
     values = [found.get(point, {}).get(claim.measure) for point in points]

@@ -14,17 +14,19 @@ from services.report.seed_spread import Configuration, SizeRanking, over_layers,
 from services.report.tables import counts_sentence, rank_list
 from services.study.result import StudySummary, TrialResult
 
+MOST_OMISSIONS = 12  # of a kind; a whole product of axes refuses hundreds
 ONLY_WITH_SEEDS = frozenset({"seeds", "not\nseparated"})
+ONLY_WITH_RECALL = frozenset({"right"})
 COLUMNS = (
-    "rank", "method", "seeds", "held-out\nloss", "above\nbest", "not\nseparated", "λ\ntrained", "tokens/s",
+    "rank", "method", "seeds", "right", "held-out\nloss", "above\nbest", "not\nseparated", "λ\ntrained", "tokens/s",
 )  # fmt: skip
 
 
 def console_table(summary: StudySummary, results: Sequence[TrialResult]) -> rich.table.Table:
     """Held-out loss by configuration, lowest first within a size, with the trained λ; omissions in the caption.
 
-    Sizes are headings when there are several; seeds and not separated appear only where they say something. A number
-    that does not fit ends in an ellipsis: it never loses digits silently.
+    Sizes are headings when there are several; seeds, not separated and the share of right answers appear only where they say
+    something. A number that does not fit ends in an ellipsis: it never loses digits silently.
     """
     rankings = rank_by_size(results)
     table = rich.table.Table(
@@ -37,7 +39,9 @@ def console_table(summary: StudySummary, results: Sequence[TrialResult]) -> rich
         caption_justify="left",
     )
     one_seed = all(r.pooled_sd is None for r in rankings)
-    shown = [name for name in COLUMNS if not one_seed or name not in ONLY_WITH_SEEDS]
+    recall = any(row.accuracy is not None for ranking in rankings for row in ranking.rows)
+    left_out = (ONLY_WITH_SEEDS if one_seed else frozenset()) | (frozenset() if recall else ONLY_WITH_RECALL)
+    shown = [name for name in COLUMNS if name not in left_out]
     for name in shown:
         table.add_column(name, **_layout(name))
     for ranking in rankings:
@@ -64,6 +68,7 @@ def _cells(ranking: SizeRanking, row: Configuration) -> dict[str, str]:
         "rank": str(row.rank),
         "method": escape(row.label),
         "seeds": str(len(row.trials)),
+        "right": "none" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
         "held-out\nloss": f"{row.held_out_loss:.4f}",
         "above\nbest": "best" if row.rank == 1 else f"+{ranking.above_best(row):.4f}",
         "not\nseparated": rank_list(ranking.not_separated(row)) if ranking.pooled_sd is not None else "unknown",
@@ -88,5 +93,6 @@ def _caption(summary: StudySummary, rankings: Sequence[SizeRanking]) -> str:
         ("unfinished", summary.unfinished),
         ("refused", summary.refused),
     ):
-        lines += [f"{label}: {o.name}: {o.reason}" for o in omissions]
+        lines += [f"{label}: {o.name}: {o.reason}" for o in omissions[:MOST_OMISSIONS]]
+        lines += [f"{label}: {more} more, all in the report"] if (more := len(omissions) - MOST_OMISSIONS) > 0 else []
     return escape("\n".join(lines))

@@ -17,6 +17,7 @@ ROW_HEADER = (
     "above_best", "not_separated_from_ranks", "unigram_entropy", "below_unigram", "train_loss_last_100",
     "initial_median_lambda_over_layers", "median_lambda_first_layer", "median_lambda_middle_layer",
     "median_lambda_last_layer", "median_lambda_over_layers", "tokens_per_second",
+    "held_out_accuracy", "state_size", "published_loss", "train_loss_above_published",
 )  # fmt: skip
 LAYER_HEADER = ("size", "method", "seed", "trial_id", "when", "layer", "median", "p25", "p75", "mean", "min", "max")
 TRIAL_LEAVES_OUT = frozenset({"point", "decay_profile", "initial_decay_profile", "varied", "mechanism"})
@@ -62,6 +63,7 @@ def _ranking_line(ranking: SizeRanking, row: Configuration) -> Sequence[object]:
         row.held_out_loss, row.seed_sd, ranking.pooled_sd, ranking.above_best(row), close,
         row.unigram_entropy, row.unigram_entropy - row.held_out_loss, row.train_loss,
         over_layers(initial), *layers, over_layers(trained), row.tokens_per_second,
+        row.accuracy, row.state_size, row.published_loss, row.above_published,
     )  # fmt: skip
 
 

@@ -21,9 +21,11 @@ TICKS = {-6.9: ".001", -4.6: ".01", -2.2: ".1", 0.0: ".5", 2.2: ".9", 4.6: ".99"
 MAX_COLUMNS = 6
 
 
-def draw_histogram(table: bytes, title: str) -> bytes:
-    """PNG of the histograms in `table` (Parquet bytes)."""
+def draw_histogram(table: bytes, title: str) -> bytes | None:
+    """PNG of the histograms in `table` (Parquet bytes); None where it has no rows, as for a model without λ."""
     frame = pq.read_table(io.BytesIO(table)).to_pandas()
+    if frame.empty:
+        return None
     middle = frame[["lower", "upper"]].clip(-LIMIT, LIMIT).mean(axis=1)
     frame["row"] = np.clip((middle + LIMIT) / (2 * LIMIT) * SHOWN_BINS, 0, SHOWN_BINS - 1).astype(int)
     steps = sorted(frame["step"].unique())

@@ -32,7 +32,7 @@ def moving_decay_figure(ranking: SizeRanking, element: str) -> str:
     figure.update_yaxes(title="median λ (logit axis)", tickvals=positions, ticktext=labels, range=scale.limits())
     depth = max((len(r.trained()) for r in rows), default=1)
     figure.update_xaxes(title="layer", dtick=1 if depth <= 12 else 2)
-    return _fragment(figure, element, height=max(480, 130 + 19 * len(rows)))
+    return as_fragment(figure, element, height=max(480, 130 + 19 * len(rows)))
 
 
 def moving_loss_figure(ranking: SizeRanking, element: str) -> str:
@@ -48,7 +48,7 @@ def moving_loss_figure(ranking: SizeRanking, element: str) -> str:
         tickvals=positions, ticktext=labels, range=scale.limits(),
     )  # fmt: skip
     figure.update_yaxes(title="held-out loss (nats per token)")
-    return _fragment(figure, element, height=480)
+    return as_fragment(figure, element, height=480)
 
 
 def _line(
@@ -94,7 +94,8 @@ def _points(ranking: SizeRanking, rows: list[Configuration], kind: str, scale: L
     )
 
 
-def _fragment(figure: go.Figure, element: str, *, height: int) -> str:
+def as_fragment(figure: go.Figure, element: str, *, height: int) -> str:
+    """The figure as HTML without the plotting library, in an element of the given name."""
     figure.update_layout(
         template="plotly_white", height=height, margin={"l": 70, "r": 20, "t": 20, "b": 55}, font={"size": 13},
         legend={"font": {"size": 11}}, hovermode="closest",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.report.published_table import SENTENCE, published_table
+from services.report.recall_figures import has_recall
 from services.report.seed_spread import SizeRanking
 from services.report.tables import (
     Table,
@@ -19,6 +21,7 @@ from services.report.tables import (
     loss_table,
     noise_sentences,
     omission_table,
+    recall_sentences,
     trial_table,
 )
 from services.study.result import StudySummary, TrialResult
@@ -56,6 +59,8 @@ class Folded:
     table: Table
 
 
+RECALL_FIGURE = "figures/accuracy.png"
+
 Block = Heading | Paragraph | Table | FigureSlot | Folded
 
 
@@ -71,12 +76,24 @@ def page_blocks(summary: StudySummary, results: Sequence[TrialResult], rankings:
     blocks += [Paragraph(text=f"Study **{summary.name}**. Trials: {counts_sentence(summary)}.")]
     blocks += [Paragraph(text=headline(r)) for r in rankings] or [Paragraph(text="No trial has a result yet.")]
     blocks += [Paragraph(text=text) for text in comparability_sentences(summary, results)]
+    blocks += _recall_blocks(rankings)
     for ranking in rankings:
         blocks += _size_blocks(ranking)
     blocks += _omission_blocks(summary)
     blocks += [Heading(level=2, text="What it ran on"), fact_table(summary, results)]
     if results:
         blocks += [Folded(summary=f"Every trial ({len(results)})", table=trial_table(results))]
+    return blocks
+
+
+def _recall_blocks(rankings: Sequence[SizeRanking]) -> list[Block]:
+    sentences = recall_sentences(rankings)
+    if not sentences:
+        return []
+    blocks: list[Block] = [Heading(level=2, text="Exact-match accuracy against state size")]
+    blocks += [Paragraph(text=text) for text in sentences]
+    if has_recall(rankings):
+        blocks += [FigureSlot(still=RECALL_FIGURE, alt="exact-match accuracy against state size", moving="accuracy")]
     return blocks
 
 
@@ -91,6 +108,7 @@ def _size_blocks(ranking: SizeRanking) -> list[Block]:
         ),
         loss_table(ranking),
         FigureSlot(still=names["loss"], alt=f"held-out loss by method, {ranking.size}"),
+        *_published_blocks(ranking),
         Heading(level=2, text=f"Decay, {ranking.size}"),
     ]
     if not any(row.trained() for row in ranking.rows):
@@ -110,6 +128,13 @@ def _size_blocks(ranking: SizeRanking) -> list[Block]:
             moving=f"loss_by_decay:{ranking.size}",
         ),
     ]
+
+
+def _published_blocks(ranking: SizeRanking) -> list[Block]:
+    table = published_table(ranking)
+    if table is None:
+        return []
+    return [Heading(level=2, text=f"Beside the paper, {ranking.size}"), Paragraph(text=SENTENCE), table]
 
 
 def _omission_blocks(summary: StudySummary) -> list[Block]:

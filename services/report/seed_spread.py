@@ -57,6 +57,16 @@ class Configuration:
         return fmean(t.train_loss_last_100 for t in self.trials)
 
     @property
+    def published_loss(self) -> float | None:
+        """The training loss that the paper prints for this point at this size; None where it has no such run."""
+        return self.trials[0].published_loss
+
+    @property
+    def above_published(self) -> float | None:
+        """Training loss over the last 100 steps less the published one."""
+        return None if self.published_loss is None else self.train_loss - self.published_loss
+
+    @property
     def unigram_entropy(self) -> float:
         """Entropy of the held-out token frequencies, mean over the seeds (they share one text)."""
         return fmean(t.unigram_entropy for t in self.trials)
@@ -67,14 +77,35 @@ class Configuration:
         return fmean(t.tokens_per_second for t in self.trials)
 
     @property
+    def accuracy(self) -> float | None:
+        """Share of held-out answers of a recall task that are right, mean over the seeds; None on text."""
+        return fmean(self._accuracies) if self._accuracies else None
+
+    @property
+    def accuracy_sd(self) -> float | None:
+        """Standard deviation of the accuracy between seeds (n−1), None with one seed."""
+        return stdev(self._accuracies) if len(self._accuracies) > 1 else None
+
+    @property
+    def _accuracies(self) -> list[float]:
+        return [t.held_out_accuracy for t in self.trials if t.held_out_accuracy is not None]
+
+    @property
+    def state_size(self) -> int | None:
+        """Numbers that the model keeps of one sequence; None in results that do not say."""
+        return self.trials[0].state_size
+
+    @property
     def parameters(self) -> int:
         """Parameter count, embeddings included."""
         return self.trials[0].parameters
 
     @property
     def kind(self) -> str:
-        """'scalar', 'vector', 'vector, shared' …: how the point spreads λ over channels."""
+        """'scalar', 'vector', 'vector, shared' …: how the point spreads λ over channels; 'no' where there is no λ."""
         point = self.trials[0].point
+        if not self.trained():
+            return "no"
         return f"{point['granularity']}, shared" if point["share"] else str(point["granularity"])
 
     def trained(self) -> tuple[LayerDecay, ...]:

@@ -23,7 +23,7 @@ from services.report.seed_spread import SEPARATED_AT_SD, Configuration, LayerDec
 
 INK, FAINT, GRID, BAND = "#222222", "#c9c9c9", "#e6e6e6", "#e4e4e4"
 OTHER_KIND = ("#6b6b6b", "D")
-KINDS = {"vector": ("#0072B2", "o"), "scalar": ("#D55E00", "s"), "vector, shared": ("#009E73", "^")}
+KINDS = {"vector": ("#0072B2", "o"), "scalar": ("#D55E00", "s"), "vector, shared": ("#009E73", "^"), "paired": ("#CC79A7", "v")}
 COLUMNS = 5
 DPI = 150
 

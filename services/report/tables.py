@@ -30,12 +30,15 @@ def loss_table(ranking: SizeRanking) -> Table:
     """Held-out loss of every configuration of one size, lowest first. Nats per token."""
     marked = ranking.pooled_sd is not None
     bits = any(t.bits_per_byte is not None for c in ranking.rows for t in c.trials)
-    header = ["rank", "method", "size", "seeds", "parameters", "held-out loss", "above best"]
+    recall = any(c.accuracy is not None for c in ranking.rows)
+    header = ["rank", "method", "size", "seeds", "parameters"]
+    header += ["state size", "accuracy"] if recall else []
+    header += ["held-out loss", "above best"]
     header += ["not separated from rank"] if marked else []
     header += ["unigram entropy", "below unigram", "train loss (last 100)"]
     header += ["bits per byte"] if bits else []
     header += ["tokens/s"]
-    rows = [_loss_row(ranking, row, marked=marked, bits=bits) for row in ranking.rows]
+    rows = [_loss_row(ranking, row, marked=marked, bits=bits, recall=recall) for row in ranking.rows]
     return Table(header=tuple(header), rows=tuple(rows), numeric=frozenset(header) - {"method", "size"})
 
 
@@ -186,6 +189,26 @@ def comparability_sentences(summary: StudySummary, results: Sequence[TrialResult
     return sentences + _order_sentences(results)
 
 
+def accuracy_text(row: Configuration) -> str:
+    """'93.8 % ± 1.2 %', or 'none' on text."""
+    if row.accuracy is None:
+        return "none"
+    return f"{100 * row.accuracy:.1f} %" + (f" ± {100 * row.accuracy_sd:.1f} %" if row.accuracy_sd is not None else "")
+
+
+def recall_sentences(rankings: Sequence[SizeRanking]) -> list[str]:
+    """What the accuracy is, and who has the highest; nothing on text."""
+    rows = [row for ranking in rankings for row in ranking.rows if row.accuracy is not None]
+    if not rows:
+        return []
+    best = max(rows, key=lambda row: (row.accuracy or 0.0, -(row.state_size or 0)))
+    return [
+        "An answer is right when the likeliest token of the vocabulary is the one that was asked for. The state is what the "
+        "model keeps of a sequence of the trained length: keys and values of every token for softmax attention.",
+        f"The highest accuracy is {accuracy_text(best)}, by {best.label} at size {best.size}.",
+    ]
+
+
 def rank_list(ranks: Sequence[int]) -> str:
     """[2, 3, 4, 7] as '2–4, 7'; 'none' for an empty list."""
     if not ranks:
@@ -210,11 +233,12 @@ def _order_sentences(results: Sequence[TrialResult]) -> list[str]:
     return []
 
 
-def _loss_row(ranking: SizeRanking, row: Configuration, *, marked: bool, bits: bool) -> tuple[str, ...]:
+def _loss_row(ranking: SizeRanking, row: Configuration, *, marked: bool, bits: bool, recall: bool) -> tuple[str, ...]:
     loss = f"{row.held_out_loss:.4f}" + (f" ± {row.seed_sd:.4f}" if row.seed_sd is not None else "")
     above = ranking.above_best(row)
-    cells = [str(row.rank), row.label, row.size, str(len(row.trials)), f"{row.parameters:,}", loss]
-    cells += ["best" if row.rank == 1 else f"+{above:.4f}"]
+    cells = [str(row.rank), row.label, row.size, str(len(row.trials)), f"{row.parameters:,}"]
+    cells += [f"{row.state_size:,}" if row.state_size is not None else "unknown", accuracy_text(row)] if recall else []
+    cells += [loss, "best" if row.rank == 1 else f"+{above:.4f}"]
     cells += [rank_list(ranking.not_separated(row))] if marked else []
     cells += [f"{row.unigram_entropy:.4f}", f"{row.unigram_entropy - row.held_out_loss:.4f}", f"{row.train_loss:.4f}"]
     if bits:

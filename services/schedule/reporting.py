@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from services.report import build_report, console_table
-from services.schedule.driver import study_storage, tracking_uri
+from services.schedule.places import study_storage, tracking_uri
 from services.study.file import Study, StudyError
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, read_manifest
 from services.study.plan import Plan, make_plan
+from services.study.published import published_loss
 from services.study.result import Omission, StudySummary, TrialResult
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker, is_file_database
@@ -71,7 +72,8 @@ def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResu
         raw = storage.read(f"trials/{trial.id}/result.json")
         if raw is not None:
             result = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json")
-            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id)}))
+            printed = published_loss(trial.point, trial.size)
+            found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id), "published_loss": printed}))
     return found
 
 
@@ -85,7 +87,7 @@ def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[Tri
         name=plan.study.name,
         question=plan.study.question.strip(),
         data=f"{manifest.data['source']}: {manifest.data['description']} (digest {manifest.data['digest'][:12]})",
-        tokenizer=plan.study.data.tokenizer,
+        tokenizer=plan.study.data.tokenizer if plan.study.data.recall is None else "none: the task generates its tokens",
         held_out_tokens=manifest.data["held_out_tokens"],
         unigram_entropy=manifest.data["unigram_entropy_nats"],
         tracking_uri=manifest.tracking.get("uri", ""),
@@ -93,7 +95,7 @@ def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[Tri
         n_finished=len(results),
         failed=tuple(Omission(name=name, reason=reason) for name, reason in failed),
         unfinished=tuple(Omission(name=name, reason=state) for name, state in waiting),
-        refused=tuple(Omission(name=cell.point.name, reason=cell.reason) for cell in plan.refused),
+        refused=tuple(Omission(name=cell.name, reason=cell.reason) for cell in plan.refused),
     )
 
 

@@ -20,8 +20,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     create_model,
     field_validator,
     model_serializer,
@@ -31,6 +33,7 @@ from pydantic_core import ErrorDetails
 
 from decay_core.recipe import Recipe
 from decay_core.sizes import SIZES
+from services.study.recall_task import Task, TaskError, check_length, read_task
 
 LARGEST_INTEGER = 2**63 - 1  # what every reader of a manifest can hold
 SEEDS = 2**31  # below this, seed times ranks stays within what torch takes
@@ -85,7 +88,10 @@ class Grid(_Strict):
 
 
 class Data(_Strict):
-    """Where the tokens come from; the same text everywhere means the same digest (services/data)."""
+    """Where the tokens come from: text, or a recall task; the same everywhere means the same digest (services/data).
+
+    `recall` holds the keys of a task where `source` names one, and is None and left out of what is written where it is text.
+    """
 
     source: str = "sotu"
     tokenizer: str = "gpt2"
@@ -94,6 +100,7 @@ class Data(_Strict):
     text_field: str = "text"
     max_documents: int | None = Field(None, gt=0)
     workers: int = Field(1, ge=1)
+    recall: SerializeAsAny[Task] | None = Field(None, validate_default=True)
 
     @field_validator("held_out_percent")
     @classmethod
@@ -101,6 +108,30 @@ class Data(_Strict):
         if percent is not None and abs(100 * percent - round(100 * percent)) > 1e-6:
             raise ValueError(f"{percent} is not in steps of 0.01, the split's finest; round it")
         return percent
+
+    @field_validator("recall", mode="before")
+    @classmethod
+    def _keys_of_the_task(cls, keys: Any, info: ValidationInfo) -> Task | None:
+        return read_task(info.data.get("source", ""), keys)
+
+    @model_validator(mode="after")
+    def _a_task_has_no_text(self) -> Data:
+        for key in ("tokenizer", "boundary", "held_out_percent", "text_field", "max_documents"):
+            if self.recall is not None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for text, and the task {self.source} generates its tokens; leave {key} out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_recall_for_text(self, keys: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in keys(self).items() if key != "recall" or value is not None}
+
+    def check_length(self, seq_len: int) -> None:
+        """Raises StudyError where a sequence of `seq_len` tokens does not hold the task; text fits any length."""
+        if self.recall is not None:
+            try:
+                check_length(self.recall, seq_len)
+            except TaskError as error:
+                raise StudyError(str(error)) from error
 
 
 class Model(_Strict):
@@ -164,7 +195,7 @@ VaryFields = create_model(
     "VaryFields",
     __base__=_GivenKeys,
     **{
-        field.name: (Annotated[list[_hints[field.name]], Field(min_length=1)] | None, None)  # type: ignore[name-defined]
+        field.name: (Annotated[list[_hints[field.name]], Field(min_length=1)] | None, None)  # type: ignore[name-defined,valid-type]
         for field in dataclasses.fields(Recipe)
     },  # type: ignore[call-overload]
 )

@@ -95,9 +95,11 @@ class Forecast:
             if self.fits(trial, stage):
                 return f"zero_stage: {stage}"
         for micro_batch in self._smaller(trial):
-            for stage in (None, *stages):
+            if self.fits(trial, None, micro_batch):
+                return f"micro_batch_size: {micro_batch}"
+            for stage in stages:
                 if self.fits(trial, stage, micro_batch):
-                    return f"micro_batch_size: {micro_batch}" + (f" and zero_stage: {stage}" if stage else "")
+                    return f"micro_batch_size: {micro_batch} and zero_stage: {stage}"
         return "more workers or a larger GPU"
 
     def _smaller(self, trial: Trial) -> list[int]:
@@ -117,7 +119,6 @@ def forecast(plan: Plan, asked: Asked) -> Forecast:
         unread = ""
     except (StorageError, OSError, ImportError) as error:
         found, states, unread = [], {trial.id: TrialState(state="waiting") for trial in plan.trials}, str(error)
-    rates = Rates(
-        study=plan.study, assumed=assumed_rate(plan, asked.gpu, asked.mfu), gpu=asked.gpu, measurements=tuple(found)
-    )
+    assumed = assumed_rate(plan, asked.gpu, asked.mfu)
+    rates = Rates(study=plan.study, assumed=assumed, gpu=asked.gpu, measurements=tuple(found))
     return Forecast(plan=plan, asked=asked, rates=rates, states=states, unread=unread)

@@ -73,7 +73,7 @@ def check_unchanged(old: Manifest, plan: Plan) -> None:
 
     Raises StudyError naming the changed keys, or the trials that are no longer in the space.
     """
-    before, after = _flat(old.study), _flat(resolved(plan.study))
+    before, after = _flat(filled(old.study)), _flat(resolved(plan.study))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not _free(key))
     if changed:
         said = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:4])
@@ -109,6 +109,14 @@ def next_manifest(old: Manifest | None, plan: Plan, data: dict[str, Any]) -> Man
 def resolved(study: Study) -> dict[str, Any]:
     """A study with every default filled in, as JSON values."""
     return dict(study.model_dump(mode="json"))
+
+
+def filled(study: dict[str, Any]) -> dict[str, Any]:
+    """A study as an earlier release resolved it, with the defaults of the keys that came since."""
+    try:
+        return resolved(Study.model_validate(study))
+    except ValueError:
+        return study
 
 
 def _free(key: str) -> bool:

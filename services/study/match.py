@@ -1,7 +1,8 @@
 """Gives every point of one size the same number of parameters, by the width of its channel mixer.
 
 What is unusual: the width goes in steps of 8, which matrix units like, so the numbers agree to 0.1 % and not exactly; a size
-at which one step is more than that is refused, never rounded away. What a step costs is read off two models, and every result is counted again.
+at which one step is more than that is refused, never rounded away. What a step costs is read off two models, and every
+result is counted again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def matched(configs: Sequence[ModelConfig]) -> list[ModelConfig]:
         if abs(residual(config, target)) > LARGEST_RESIDUAL:
             raise StudyError(
                 f"match: parameters cannot be had at size {config.size.name}: {config.point.name} stays "
-                f"{residual(config, target):+.2%} from {first.point.name} (widths go in steps of {STEP}, 0.1 % is asked "
+                f"{residual(config, target):+.3%} from {first.point.name} (widths go in steps of {STEP}, 0.1 % is asked "
                 "for); take a larger size, or match: none"
             )
     return found

@@ -112,6 +112,10 @@ def vocabulary(tokenizer: str) -> int:
     )
 
 
+def _vocab_size(data: Data) -> int:
+    return vocabulary(data.tokenizer) if data.recall is None else data.recall.vocab_size
+
+
 def make_plan(study: Study) -> Plan:
     """Resolves a study into trials.
 
@@ -129,6 +133,7 @@ def _resolve(study: Study) -> Plan:
     recipes = study.recipes()
     for one in recipes:
         _check_batch(study, one.recipe)
+        study.data.check_length(one.recipe.seq_len)
     refused = [cell for cell in judged if cell.reason]
     trials: list[Trial] = []
     for size in dict.fromkeys(study.sizes):
@@ -149,7 +154,7 @@ def _config(study: Study, point: DesignPoint, size: str) -> ModelConfig:
     return ModelConfig(
         point=point,
         size=get_size(size),
-        vocab_size=vocabulary(study.data.tokenizer),
+        vocab_size=_vocab_size(study.data),
         inner_gain_init=study.model.inner_gain_init,
     )
 

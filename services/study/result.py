@@ -23,6 +23,7 @@ from services.study.storage import write_atomically
 
 Lambda = Annotated[float, Field(ge=0.0)]
 Nats = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PointValue = str | bool | int | float | None
 
 POINT_KEYS = frozenset({"decay", "p", "granularity", "share", "position", "form"})
@@ -71,6 +72,9 @@ class TrialResult(_Record):
 
     Losses and `unigram_entropy` are nats per token; `wall_s` is seconds; `tokens` counts tokens trained on.
     `unigram_entropy` is the entropy of the held-out tokens' frequencies: the loss of a model that knows only those.
+    `published_loss` is what the paper prints for the point at this size; reports add it, nothing measures it.
+    The accuracies are of recall tasks: the share of held-out answers that are the likeliest token, and of sequences with no
+    wrong answer. `state_size` counts the numbers that the model keeps of one sequence after `seq_len` tokens.
     `device` is "cpu" or the GPU's name; `varied` what the study's `vary` set in the recipe; `mechanism` the SHA-256 of every
     file that the forward pass is made of. Results of earlier releases have none of the three.
     """
@@ -86,6 +90,7 @@ class TrialResult(_Record):
     tokens: Annotated[int, Field(ge=1)]
     held_out_loss: Nats
     train_loss_last_100: Nats
+    published_loss: Nats | None = None
     unigram_entropy: Nats
     vocab_size: Annotated[int, Field(ge=1)]
     tokens_per_second: Annotated[float, Field(ge=0.0)]
@@ -98,6 +103,9 @@ class TrialResult(_Record):
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     mlflow_run_id: str | None = None
     bits_per_byte: Annotated[float, Field(ge=0.0)] | None = None
+    held_out_accuracy: Share | None = None
+    held_out_sequence_accuracy: Share | None = None
+    state_size: Annotated[int, Field(ge=0)] | None = None
     device: str = ""
     varied: dict[str, Any] = Field(default_factory=dict)
     mechanism: dict[str, str] = Field(default_factory=dict)

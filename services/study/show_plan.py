@@ -16,15 +16,19 @@ from services.study.match import residual
 from services.study.memory import STAGES
 from services.study.plan import Plan, Trial, make_plan
 from services.study.show import duration
+from services.study.show_published import Published
 
-LEFT = frozenset({"trial", "id", "rate", "state", "kind", "reason", "refused point", "nearest valid point", "largest trial"})
+LEFT = frozenset({
+    "trial", "id", "rate", "state", "published", "kind", "reason", "refused point", "nearest valid point", "largest trial",
+})  # fmt: skip
 
 
 def show_plan(study: Study, console: Console, asked: Asked | None = None) -> Plan:
     """Prints the plan of a study; returns it. Writes nothing. Raises StudyError as `make_plan` does."""
     plan = make_plan(study)
     seen = forecast(plan, asked or Asked())
-    console.print(_trials(seen))
+    published = Published(plan.trials)
+    console.print(_trials(seen, published))
     for line in [_sum(seen), *_sources(seen), *_ledger(seen), *_over_budget(seen)]:
         console.print(escape(line), soft_wrap=True)
     if seen.on_gpus:
@@ -34,15 +38,19 @@ def show_plan(study: Study, console: Console, asked: Asked | None = None) -> Pla
     if plan.refused:
         for table in _refused(plan):
             console.print(table)
+    for line in published.lines() if published else []:
+        console.print(escape(line))
     return plan
 
 
-def _trials(seen: Forecast) -> Table:
+def _trials(seen: Forecast, published: Published) -> Table:
     plan, targets = seen.plan, _targets(seen.plan)
     title = f"plan of {plan.study.name}: {plan.study.question.strip()}"
     matching = ("GLU width", "off by") if targets else ()
     costly = ("cost",) if seen.asked.price is not None else ()
-    table = _table(title, ("trial", "id", "parameters", *matching, "tokens", "PFLOP", "about", "rate", *costly, "state"))
+    linked = ("published",) if published else ()
+    columns = ("trial", "id", "parameters", *matching, "tokens", "PFLOP", "about", "rate", *costly, "state", *linked)
+    table = _table(title, columns)
     for trial in plan.trials:
         match = [str(trial.config.size.glu_dim), f"{residual(trial.config, targets[trial.size]):+.4%}"] if targets else []
         money = seen.money([trial])
@@ -57,6 +65,7 @@ def _trials(seen: Forecast) -> Table:
             seen.rates.of(trial).kind,
             *([] if money is None else [f"{money:,.2f}"]),
             seen.states[trial.id].state,
+            *([escape(published.cell(trial))] if published else []),
         )
     return table
 
@@ -81,7 +90,8 @@ def _sum(seen: Forecast) -> str:
 def _spent(seen: Forecast, trials: Sequence[Trial]) -> str:
     gpu, money = seen.asked.gpu, seen.money(trials)
     unit = f"{gpu.name}-hours" if gpu else "GPU-hours" if seen.on_gpus else "worker-hours"
-    return f"{seen.device_hours(trials):,.3g} {unit}" + ("" if money is None else f" ({money:,.2f} at {seen.asked.price:g} each)")
+    cost = "" if money is None else f" ({money:,.2f} at {seen.asked.price:g} each)"
+    return f"{seen.device_hours(trials):,.3g} {unit}{cost}"
 
 
 def _sources(seen: Forecast) -> list[str]:

@@ -23,7 +23,10 @@ PRINT_EVERY_S = 10.0
 RETRY_S = 15.0
 SEND_AT_ONCE = 500  # steps; what is sent is forgotten, so a failure in between repeats at most these
 AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-SUMMARY = ("held_out_loss", "train_loss_last_100", "unigram_entropy", "parameters", "tokens_per_second", "weights_sha256")
+SUMMARY = (
+    "held_out_loss", "held_out_accuracy", "train_loss_last_100", "unigram_entropy", "parameters", "state_size",
+    "tokens_per_second", "weights_sha256",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -101,7 +104,8 @@ class Courier:
             self._files(trial, delivery.run_id, artifact_limit_bytes)
             values = json.loads(result.to_json())
             medians = {f"median_layer_{row.layer:02d}": round(row.median, 6) for row in result.decay_profile}
-            self._tracker.set_summary(delivery.run_id, {key: values[key] for key in SUMMARY} | medians)
+            summary = {key: values[key] for key in SUMMARY if values[key] is not None}
+            self._tracker.set_summary(delivery.run_id, summary | medians)
             self._tracker.mark(delivery.run_id, "FINISHED")
         except (MlflowException, OSError) as error:
             log.warning("MLflow did not take the result of %s (%s); it is kept and sent later, at the latest by the next run",
@@ -176,6 +180,8 @@ class Courier:
         rate = delivery.last.get("train/tokens_per_second", 0.0)
         held = delivery.last.get("held_out/loss")
         ending = f"  held-out {held:.4f}" if held is not None else ""
+        right = delivery.last.get("held_out/accuracy")
+        ending += f", {right:.1%} right" if right is not None else ""
         self._say(
             f"{delivery.name:<34} step {done:>6}/{delivery.steps}  loss {delivery.last['train/loss']:.4f}"
             f"  {rate:,.0f} tokens/s{ending}"

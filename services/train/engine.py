@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core.model import DecayLinearTransformer
@@ -61,7 +62,10 @@ def leave() -> None:
 
 
 class LossModule(nn.Module):
-    """The model under the recipe's precision: tokens (b, t) int64 in, mean cross-entropy (nats) out."""
+    """The model under the recipe's precision: tokens (b, t) int64 in, mean cross-entropy (nats) out.
+
+    Targets (b, t) are the next tokens unless they are given; a target of IGNORED does not count.
+    """
 
     def __init__(self, model: DecayLinearTransformer, recipe: Recipe, device: str) -> None:
         super().__init__()
@@ -69,13 +73,31 @@ class LossModule(nn.Module):
         self._autocast = recipe.precision == "bf16"
         self._device_type = torch.device(device).type
 
-    def forward(self, tokens_bt: Tensor, observe: Any = None) -> Tensor:
-        """Loss on the t - 1 targets inside each window; the last position predicts nothing (kernels like even t)."""
-        nothing = torch.full_like(tokens_bt[:, :1], IGNORED)
-        targets_bt = torch.cat([tokens_bt[:, 1:], nothing], dim=1)
+    def forward(
+        self, tokens_bt: Tensor, observe: Any = None, targets_bt: Tensor | None = None, judge: bool = False
+    ) -> Tensor:
+        """Loss on the targets (0-d); with `judge` their loss, the share that is right, and the share of whole rows (3,)."""
+        if targets_bt is None:
+            targets_bt = _next_tokens(tokens_bt)
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
+            if judge:
+                return _scores(self.model(tokens_bt), targets_bt, self.model.config.vocab_size)
             loss: Tensor = self.model(tokens_bt, targets_bt, observe=observe)
         return loss
+
+
+def _next_tokens(tokens_bt: Tensor) -> Tensor:
+    """The t - 1 targets inside each window; the last position predicts nothing (kernels like even t)."""
+    nothing = torch.full_like(tokens_bt[:, :1], IGNORED)
+    return torch.cat([tokens_bt[:, 1:], nothing], dim=1)
+
+
+def _scores(logits_btv: Tensor, targets_bt: Tensor, vocab_size: int) -> Tensor:
+    """Mean loss over the targets, the share of them that is the likeliest token, the share of rows where all are."""
+    asked_bt = targets_bt != IGNORED
+    right_bt = logits_btv[..., :vocab_size].argmax(-1) == targets_bt
+    loss = F.cross_entropy(logits_btv.flatten(0, 1).float(), targets_bt.flatten(), ignore_index=IGNORED)
+    return torch.stack([loss, right_bt.sum() / asked_bt.sum(), (right_bt | ~asked_bt).all(1).float().mean()])
 
 
 def deepspeed_config(recipe: Recipe, resources: Resources, parameters: int) -> dict[str, Any]:
@@ -132,9 +154,9 @@ class Engine:
         model: DecayLinearTransformer = self.deepspeed.module.model
         return model
 
-    def backward(self, tokens_bt: Tensor, observe: Any = None) -> Tensor:
+    def backward(self, tokens_bt: Tensor, observe: Any = None, targets_bt: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its detached loss (a 0-d tensor on the device)."""
-        loss = self.deepspeed(tokens_bt, observe)
+        loss = self.deepspeed(tokens_bt, observe, targets_bt)
         self.deepspeed.backward(loss)
         return loss.detach()
 
@@ -155,12 +177,19 @@ class Engine:
         self.deepspeed.step()
         return norm if self._zero0 else self.deepspeed.get_global_grad_norm()
 
-    def loss(self, tokens_bt: Tensor, observe: Any = None) -> Tensor:
+    def loss(self, tokens_bt: Tensor) -> Tensor:
         """Loss without gradients (0-d, on the device); every rank must call it equally often under ZeRO-3."""
+        return self._without_gradients(tokens_bt)
+
+    def judge(self, tokens_bt: Tensor, targets_bt: Tensor) -> Tensor:
+        """Loss, share of right targets and share of wholly right rows (3, on the device), otherwise as `loss`."""
+        return self._without_gradients(tokens_bt, None, targets_bt, True)
+
+    def _without_gradients(self, *inputs: Any) -> Tensor:
         self.deepspeed.eval()
         try:
             with torch.no_grad():
-                value: Tensor = self.deepspeed(tokens_bt, observe)
+                value: Tensor = self.deepspeed(*inputs)
         finally:
             self.deepspeed.train()
         return value

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from decay_core.model import state_size
 from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
 from services.train.environment import device_name
@@ -58,6 +59,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         world_size=trainer.world.size,
         zero_stage=job.rank_resources.zero_stage,
         mlflow_run_id=None,
+        held_out_accuracy=progress.held_out_accuracy,
+        held_out_sequence_accuracy=progress.held_out_sequence_accuracy,
+        state_size=state_size(job.model_config, recipe.seq_len),
         device=device_name(trainer.world.device),
         varied=job.varied,
         mechanism=mechanism_code(job.model_config.point),

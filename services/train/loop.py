@@ -24,8 +24,8 @@ from torch import Tensor
 from decay_core.decay_stats import decay_profile
 from decay_core.model import build_model
 from decay_core.recipe import Recipe
+from services.data.corpus import Corpus, Windows, open_corpus
 from services.data.order import INITIAL_HASH, SampleOrder, next_hash, shard
-from services.data.token_cache import DataSpec, TokenCache, TokenStream, open_cache, prepare
 from services.study.ledger import Ledger
 from services.study.storage import Storage
 from services.train import checkpoint
@@ -50,13 +50,15 @@ class Progress:
     order_hash: str = INITIAL_HASH
     train_seconds: float = 0.0
     held_out_loss: float | None = None
+    held_out_accuracy: float | None = None
+    held_out_sequence_accuracy: float | None = None
     initial_profile: list[dict[str, float]] = field(default_factory=list)
 
 
 class Trainer:
     """One rank of one trial. `run` trains to the end and returns the result as JSON values (rank 0) or an empty dict."""
 
-    def __init__(self, job: TrialJob, world: World, engine: Engine, cache: TokenCache) -> None:
+    def __init__(self, job: TrialJob, world: World, engine: Engine, cache: Corpus) -> None:
         self.job, self.world, self.engine, self.cache = job, world, engine, cache
         self.recipe: Recipe = job.training_recipe
         self.study_storage = Storage(job.storage)
@@ -112,13 +114,14 @@ class Trainer:
         if observed:
             self.telemetry.begin()
         ids = self.order.ids(step, recipe.batch_size)
-        tokens_bt = self._tokens(self.cache.train, shard(ids, self.world.rank, self.world.size))
-        micro_batches = tokens_bt.chunk(self.engine.accumulate)
+        tokens_bt, targets_bt = self._batch(self.cache.train, shard(ids, self.world.rank, self.world.size))
+        parts = self.engine.accumulate
+        targets = [None] * parts if targets_bt is None else targets_bt.chunk(parts)
         norm: Any = None
         losses = []
-        for index, micro in enumerate(micro_batches):
+        for index, (micro, wanted) in enumerate(zip(tokens_bt.chunk(parts), targets, strict=True)):
             watching = observed and index == 0
-            losses.append(self.engine.backward(micro, self.telemetry.observe if watching else None))
+            losses.append(self.engine.backward(micro, self.telemetry.observe if watching else None, wanted))
             norm = self.engine.advance(recipe.lr_at(step))
         self._losses.append(torch.stack(losses).mean())
         self.progress.step = step + 1
@@ -135,8 +138,7 @@ class Trainer:
             return
         self._flush_losses()
         if judge:
-            self.progress.held_out_loss = self.held_out_loss(recipe.eval_sequences)
-            self._pending[-1]["held_out/loss"] = self.progress.held_out_loss
+            self._pending[-1].update(self._judge())
         self._check_finite()
         if observed:
             stats = self.telemetry.reduce()
@@ -191,41 +193,64 @@ class Trainer:
             extra={
                 "train_seconds": progress.train_seconds,
                 "held_out_loss": progress.held_out_loss,
+                "held_out_accuracy": progress.held_out_accuracy,
+                "held_out_sequence_accuracy": progress.held_out_sequence_accuracy,
                 "initial_profile": progress.initial_profile,
             },
         )
         checkpoint.save(self.engine, self.storage, position, self.world, files)
 
-    def held_out_loss(self, sequences: int) -> float:
-        """Mean loss in nats over the first `sequences` held-out windows, shared over the ranks. Collective."""
+    def _judge(self) -> dict[str, float]:
+        """Scores the held-out windows, keeps the scores for the result and returns them as metrics. Collective."""
+        loss, *shares = self.held_out_scores(self.recipe.eval_sequences)
+        self.progress.held_out_loss = loss
+        metrics = {"held_out/loss": loss}
+        if shares:
+            self.progress.held_out_accuracy, self.progress.held_out_sequence_accuracy = shares
+            metrics |= {"held_out/accuracy": shares[0], "held_out/sequence_accuracy": shares[1]}
+        return metrics
+
+    def held_out_scores(self, sequences: int) -> list[float]:
+        """Means over the first `sequences` held-out windows, shared over the ranks: loss in nats, and where the data says
+        what is asked for, the shares of targets and of whole windows that are right. Collective.
+        """
         stream = self.cache.held_out
         total = min(sequences, stream.windows(self.recipe.seq_len))
         mine = list(range(self.world.rank, total, self.world.size))
         rounds = -(-total // self.world.size)
         size = self.job.rank_resources.micro_batch_size
-        summed = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        summed = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for start in range(0, rounds, size):
             ids = mine[start : start + size]
             # a rank that has run out still takes part (ZeRO-3 gathers are collective), with weight 0
-            loss = self.engine.loss(self._tokens(stream, ids or [0]))
-            summed += torch.stack([loss.double() * len(ids), torch.tensor(float(len(ids)), device=self.world.device)])
+            scores = self._scores(*self._batch(stream, ids or [0]))
+            weight = torch.tensor([float(len(ids))], device=self.world.device)
+            summed = summed + torch.cat([scores.double() * len(ids), weight])
         if self.world.size > 1:
             dist.all_reduce(summed)
-        return float(summed[0] / summed[1])
+        return [float(total / summed[-1]) for total in summed[:-1]]
+
+    def _scores(self, tokens_bt: Tensor, targets_bt: Tensor | None) -> Tensor:
+        if targets_bt is None:
+            return self.engine.loss(tokens_bt).reshape(1)
+        return self.engine.judge(tokens_bt, targets_bt)
 
     def profile(self) -> list[dict[str, float]]:
         """The paper's decay figure: lambda per layer over the first PROFILE_TOKENS held-out tokens. Collective under ZeRO-3."""
-        stream = self.cache.held_out
-        length = min(PROFILE_TOKENS, stream.n_tokens)
-        tokens_bt = self._tokens(stream, [0], length)
+        rows = self.cache.held_out.excerpt(PROFILE_TOKENS, self.recipe.seq_len)
         with torch.no_grad():
-            rows = decay_profile(self.engine.model, tokens_bt)
-        return [{"layer": row["layer"] + 1} | {key: row[key] for key in PROFILE_KEYS} for row in rows]
+            profile = decay_profile(self.engine.model, torch.from_numpy(rows).to(self.world.device))
+        return [{"layer": row["layer"] + 1} | {key: row[key] for key in PROFILE_KEYS} for row in profile]
 
-    def _tokens(self, stream: TokenStream, ids: list[int], length: int | None = None) -> Tensor:
-        length = length or self.recipe.seq_len
-        rows = [torch.from_numpy(stream.window(index, length)) for index in ids]
-        return torch.stack(rows).to(self.world.device, non_blocking=True)
+    def _batch(self, windows: Windows, ids: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Tokens of the windows and their targets, None where every token's target is the next one."""
+        examples = [windows.example(index, self.recipe.seq_len) for index in ids]
+        tokens_bt = self._on_device([tokens for tokens, _ in examples])
+        targets = [targets for _, targets in examples if targets is not None]
+        return tokens_bt, self._on_device(targets) if targets else None
+
+    def _on_device(self, rows: list[Any]) -> Tensor:
+        return torch.stack([torch.from_numpy(row) for row in rows]).to(self.world.device, non_blocking=True)
 
     def _share(self, box: list[Any]) -> None:
         if self.world.size > 1:
@@ -262,14 +287,12 @@ def _outcome(call: Any) -> Any:
         return str(refusal)
 
 
-def open_data(job: TrialJob) -> TokenCache:
-    """The tokens of a job on this node: the shared cache, or the same tokens made again where it cannot be reached.
+def open_data(job: TrialJob) -> Corpus:
+    """The data of a job on this node: the shared cache, or the same tokens made again where it cannot be reached.
 
     Raises TrialFailed when the digest is not the study's.
     """
-    path = Path(job.data["path"])
-    complete = (path / "manifest.json").exists()
-    cache = open_cache(path) if complete else prepare(DataSpec(**job.data["spec"]), path.parent, progress=False)
+    cache = open_corpus(Path(job.data["path"]), job.data["spec"])
     if cache.digest != job.data["digest"]:
         raise TrialFailed(
             f"data at {cache.path} has digest {cache.digest[:12]}, the study started with {job.data['digest'][:12]}; "
@@ -285,7 +308,7 @@ def train_trial(job: TrialJob, world: World) -> dict[str, Any]:
     """
     resources = job.rank_resources
     make_deterministic(resources.threads, resources.deterministic)
-    cache: TokenCache = together(world, lambda: open_data(job))
+    cache: Corpus = together(world, lambda: open_data(job))
     model = build_model(job.model_config, seed=job.seed)
     seed_rank(job.seed, world.rank)
     with one_engine(model, job.training_recipe, resources, world) as engine:

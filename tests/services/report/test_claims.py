@@ -122,8 +122,8 @@ def test_a_quantifier_decides_as_soon_as_the_unknown_cannot_change_it(quantifier
 
 
 def test_a_study_is_asked_at_its_own_sizes_and_forms_over_the_mean_of_its_seeds():
-    results = [trial("mamba2-vector", loss=4.0, seed=1), trial("mamba2-vector", loss=4.2, seed=2), trial("gla-vector", loss=4.3),
-               trial("hgrn2-vector", loss=4.15), trial("lightnet-vector", loss=4.4)]  # fmt: skip
+    results = [trial("mamba2-vector", loss=4.0, seed=1), trial("mamba2-vector", loss=4.2, seed=2)]
+    results += [trial(f"{decay}-vector", loss=loss) for decay, loss in (("gla", 4.3), ("hgrn2", 4.15), ("lightnet", 4.4))]
     verdicts = evaluate(measured_in(results))
     assert {verdict.place for verdict in verdicts} == {HERE}
     (best,) = [v for v in verdicts if v.claim.id == "mamba2-is-the-best-parameterization"]
@@ -138,3 +138,14 @@ def test_lines_give_every_figure_and_name_what_is_missing():
     assert "    +0.002  simple_decay_p0.99-vector-delta - simple_decay_p0.99-scalar-delta  (outside)" in text
     assert "    no loss of tnl-scalar-tpe" in text and "    no median lambda of mamba2-vector" in text
     assert f"{len(read_claims())} claims: " in text.splitlines()[-1] and "4 fail somewhere" in text.splitlines()[-1]
+
+
+def test_values_of_a_varied_recipe_are_asked_apart():
+    results = []
+    for decay, loss in (("mamba2", 4.0), ("mamba2_no_a", 4.001)):
+        for rate in (0.001, 0.003):
+            name = {"name": f"{decay}-vector-nano-lr{rate}-s42", "method": f"{decay}-vector lr={rate}"}
+            own = {"trial_id": f"{decay}{rate}", "varied": {"lr": rate}, **name}
+            results.append(trial(f"{decay}-vector", loss=loss + 10 * rate).model_copy(update=own))
+    verdicts = [v for v in evaluate(measured_in(results)) if v.claim.id == "mamba2-does-not-need-a"]
+    assert [(v.place.variant, v.answer) for v in verdicts] == [("lr 0.001", HOLDS), ("lr 0.003", HOLDS)]

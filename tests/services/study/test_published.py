@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from decay_core.design import DesignPoint
-from services.study.parameter_counts import PAPER_HEADER, count_run, paper_counts
-from services.study.published import FOLDER, errata, errata_of, published_loss, published_rows, rows, runs
+from decay_core.design import FORMS, DesignPoint
+from decay_core.model import ModelConfig
+from decay_core.sizes import get_size
+from services.cli import app
+from services.study.cost import count_model
+from services.study.parameter_counts import PAPER_HEADER, paper_counts
+from services.study.published import AXES, FOLDER, errata, errata_of, published_loss, published_rows, rows, runs
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "parameter_counts.csv"
+GOLDEN = list(csv.reader((Path(__file__).parents[2] / "golden" / "parameter_counts.csv").read_text().splitlines()))
 EVALUATIONS = ("wiki_ppl", "lmb_ppl", "avg_ppl", "boolq", "piqa", "hella", "wino", "arc_e", "arc_c", "obqa", "siqa", "avg_acc")
 ACCURACIES = EVALUATIONS[3:11]
 
@@ -49,9 +54,10 @@ def test_averages_are_those_of_their_columns_as_far_as_rounding_goes():
 def test_both_forms_of_a_point_link_to_its_row_and_other_models_link_to_nothing():
     as_run = DesignPoint(decay="sigmoid", granularity="vector", transition="delta", form="as_run")
     assert published_loss(as_run, "160M") == published_loss(replace(as_run, form="as_published"), "160M") == 2.937
-    assert published_loss(DesignPoint(decay="none", granularity="scalar", position="rope", transition="softmax"), "410M") == 2.72
-    for other in (replace(as_run, write="beta"), replace(as_run, head_dim=128), DesignPoint(decay="retnet", granularity="scalar"),
-                  DesignPoint(decay="mamba2", position="lrpe")):  # fmt: skip
+    llama = DesignPoint(decay="none", granularity="scalar", position="rope", transition="softmax")
+    assert published_loss(llama, "410M") == 2.72
+    unlike = [replace(as_run, write="beta"), replace(as_run, head_dim=128), replace(llama, position="rope_half")]
+    for other in (*unlike, DesignPoint(decay="retnet", granularity="scalar"), DesignPoint(decay="mamba2", position="lrpe")):
         assert published_rows(other, "160M") == ()
     assert published_rows(as_run, "nano") == ()
 
@@ -87,12 +93,34 @@ def test_the_copied_row_is_the_160m_rows_evaluations_and_nothing_else():
 
 
 def test_every_run_of_the_paper_has_its_parameters():
-    with open(GOLDEN, encoding="utf-8", newline="") as file:
-        golden = list(csv.reader(file))
-    assert tuple(golden[0]) == PAPER_HEADER and len(golden) == 118
-    assert sorted(paper_counts()) == sorted(map(tuple, golden[1:]))
+    assert tuple(GOLDEN[0]) == PAPER_HEADER and len(GOLDEN) == 118
+    assert sorted(paper_counts()) == sorted(map(tuple, GOLDEN[1:]))
 
 
 def test_counts_round_to_what_the_paper_prints():
-    for row in (row for row in runs() if row.columns["params_b"]):
-        assert f"{count_run(row) / 1e9:.2f}" == f"{float(row.columns['params_b']):.2f}", row.run
+    counts = {tuple(line[:-1]): int(line[-1]) for line in GOLDEN[1:]}
+    printed = [row for row in rows() if row.columns["params_b"]]
+    assert len(printed) == 119
+    for row in printed:
+        axes = next(one for one in runs() if one.run == row.run).columns
+        count = counts[tuple(axes[axis] for axis in AXES)]
+        assert f"{count / 1e9:.2f}" == f"{float(row.columns['params_b']):.2f}", row.run
+
+
+def test_the_form_changes_the_parameters_of_the_delta_rule_only():
+    for row in (row for row in runs() if row.size == "410M"):
+        text, code = (
+            count_model(ModelConfig(point=replace(row.point, form=form), size=get_size("410M"), vocab_size=50257))
+            for form in FORMS
+        )
+        assert (text != code) == (row.point.transition == "delta"), row.run
+
+
+def test_params_prints_the_runs_of_the_paper_and_the_trials_of_a_study():
+    answer = CliRunner().invoke(app, ["params", "--format", "csv"])
+    assert answer.exit_code == 0 and answer.output.splitlines()[0] == ",".join(GOLDEN[0])
+    assert "160M,tpe,TNL,scalar,0,tpe,,164198412" in answer.output.splitlines()
+    study = str(FOLDER.parent / "smoke.yaml")
+    lines = CliRunner().invoke(app, ["params", study, study, "--format", "csv"]).output.splitlines()
+    assert lines[0] == "study,trial,id,size,params" and len(lines) == 9 and lines[1].startswith("smoke,mamba2-vector-nano-s42,")
+    assert "mamba2-vector-nano-s42" in CliRunner().invoke(app, ["params", study]).output

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_study import VALID, merged
 
-from services.study.file import RecipeFields, Study, StudyError
-from services.study.plan import WARM_BELOW_S, cells, make_plan
+from services.study.cells import cells
+from services.study.cost import flops_per_token
+from services.study.file import RecipeFields, Study, StudyError, read_study
+from services.study.plan import WARM_BELOW_S, make_plan
 
+TUNE_SPACES = Path(__file__).parents[3] / "tune_spaces"
 # Changing one of these orphans every study that has started: its finished trials would be trained again under new ids.
 GOLDEN_MAMBA2 = "5e54ec49f368"
 GOLDEN_SIMPLE = "1796e07f893b"
@@ -25,6 +29,19 @@ def one(**changes):
 def test_ids_are_what_they_were_in_the_first_release():
     assert one(space=[{"decay": "mamba2"}]).id == GOLDEN_MAMBA2
     assert one().id == GOLDEN_SIMPLE
+
+
+# Two of the files in tune_spaces, as they were planned before there was a transition, `vary` or `match`.
+FILES = {
+    "smoke.yaml": {"mamba2-vector-nano-s42": "75288ae2477c", "simple_decay_p0.99-scalar-nano-s42": "d1911861b0a2"},
+    "cluster-smoke.yaml": {"mamba2-scalar-nano-s42": "00d9bff101cc"},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ids_of_the_study_files_are_what_they_were_before_the_later_axes(name):
+    planned = {trial.name: trial.id for trial in make_plan(read_study(TUNE_SPACES / name)).trials}
+    assert FILES[name].items() <= planned.items()
 
 
 def test_ids_do_not_depend_on_the_process_or_the_order_of_keys(process_env):
@@ -88,6 +105,10 @@ def test_every_field_of_the_recipe_and_the_data_is_varied_below():
         {"space": [{"decay": {"simple_decay": 0.9}, "form": "as_run"}]},
         {"sizes": ["micro"]},
         {"seeds": [2]},
+        {"space": [{"decay": {"simple_decay": 0.9}, "transition": "delta"}]},
+        {"space": [{"decay": {"simple_decay": 0.9}, "head_dim": 64}]},
+        {"space": [{"decay": {"simple_decay": 0.9}, "granularity": "paired"}]},
+        {"vary": {"lr": [0.5]}},
     ],
 )
 def test_whatever_bears_on_the_result_changes_the_id(change):
@@ -108,6 +129,10 @@ def test_points_that_differ_on_one_axis_have_ids_of_their_own():
         {"tracking": {"uri": "http://127.0.0.1:5000"}},
         {"budget": {"max_trials": 5}},
         {"data": {"workers": 4}},
+        {"vary": {}},
+        {"vary": {"lr": [0.0003]}},
+        {"match": "none"},
+        {"space": [{"decay": {"simple_decay": 0.9}, "transition": "diagonal", "write": None, "head_dim": None}]},
         {"resources": {"workers": 1}},
         {"resources": {"workers": 4, "zero_stage": 2, "micro_batch_size": 1, "deterministic": False, "backend": "train"}},
     ],
@@ -151,11 +176,11 @@ def test_two_ranks_on_one_gpu_are_refused_before_nccl_does(study):
         make_plan(study(resources={"workers": 2, "gpus_per_worker": 0.5}))
 
 
-def test_the_estimate_is_six_flops_a_parameter_and_token_without_the_embedding(study):
+def test_the_estimate_is_the_operations_of_all_tokens_at_the_workers_rate(study):
     plan = make_plan(study(resources={"assumed_gflops_per_worker": 2.0}))
     trial = plan.trials[0]
     assert trial.tokens == 100 * 8 * 64
-    assert trial.flops == 6 * (trial.parameters - 512 * 128) * trial.tokens
+    assert trial.flops == flops_per_token(trial.config, 64) * trial.tokens
     assert plan.seconds(trial) == pytest.approx(trial.flops / (2 * 2e9))
 
 

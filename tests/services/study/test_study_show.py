@@ -10,7 +10,8 @@ from services.study.file import StudyError
 from services.study.ledger import Ledger
 from services.study.manifest import next_manifest, write_manifest
 from services.study.plan import make_plan
-from services.study.show import duration, last_record, show_plan, show_status
+from services.study.show import duration, last_record, show_status
+from services.study.show_plan import show_plan
 
 
 @pytest.fixture
@@ -32,15 +33,16 @@ def test_the_plan_lists_every_trial_with_its_id_and_cost(study, console):
         assert f"{trial.parameters:,}" in row(text, trial.name, trial.id) and f"{trial.tokens:,}" in row(text, trial.id)
     assert "plan of small: does it plan?" in text
     assert "12 trials, warm backend, 2 worker(s) each (ZeRO 0, 0 GPU, 1 CPU a worker)" in text
-    assert "30 GFLOP/s a worker (assumed: 30 a thread)" in text and "refused" not in text
+    assert "rate assumed: 30 GFLOP/s a worker (30 a thread)." in text and "refused" not in text
 
 
 def test_the_plan_lists_refused_cells_with_reason_and_nearest(study, console):
     show_plan(study(space=[{"decay": ["gla", "tnl"], "position": ["none", "rope"], "granularity": "scalar"},
                            {"decay": ["gla", "tnl"]}]), console)  # fmt: skip
     text = console.export_text()
-    assert "cells refused" in text
-    assert "tnl has no vector form, only scalar" in row(text, "tnl-vector") and "tnl-scalar" in row(text, "tnl-vector")
+    assert "1 cells refused: 1 mathematical" in text
+    assert row(text, "tnl has no vector form, only scalar").split()[1:6:2] == ["1", "1", "mathematical"]
+    assert row(text, "tnl-vector").split()[1:6:2] == ["tnl-vector", "1", "tnl-scalar"]
 
 
 def test_the_plan_says_which_rate_was_given(study, console):

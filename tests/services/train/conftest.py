@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from services.data.corpus import prepare_corpus
 from services.data.token_cache import TokenCache, prepare
-from services.schedule.driver import data_record, data_spec, job_of
+from services.schedule.jobs import data_record, data_spec, job_of
 from services.study.file import Study
 from services.study.manifest import Manifest
 from services.study.plan import make_plan
@@ -66,16 +67,24 @@ def cache(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> TokenC
 def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp_path: Path) -> Callable[..., Any]:
     """Trains tiny trials on real ranks, several in the same processes: train({"name": ..., "workers": 2, ...}, ...)."""
 
-    def write(name: str, recipe: dict[str, Any] | None = None, grid: dict[str, Any] | None = None, **changes: Any) -> Path:
+    def write(
+        name: str,
+        recipe: dict[str, Any] | None = None,
+        grid: dict[str, Any] | None = None,
+        task: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Path:
         whole = tiny_study.model_dump()
         changed = {
             "recipe": {**whole["recipe"], **(recipe or {})},
             "space": [grid] if grid else whole["space"],
+            "data": task or whole["data"],
             "resources": {**whole["resources"], **changes},
         }
         study = Study.model_validate({**whole, **changed})
         plan = make_plan(study)
-        manifest = Manifest(study={}, trials={}, data=data_record(cache, study.to_recipe()), started_ms=0)
+        data = prepare_corpus(data_spec(study), tmp_path) if task else cache
+        manifest = Manifest(study={}, trials={}, data=data_record(data, study.to_recipe()), started_ms=0)
         job = job_of(replace(plan.trials[0], id="trial"), plan, Storage(str(tmp_path / name)), manifest)
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(job))

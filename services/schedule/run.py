@@ -1,0 +1,225 @@
+"""One run of a study under its lease: MLflow runs, Tune over the trials that the ledger does not call finished, and the end.
+
+A courier thread carries step logs and results to MLflow while Tune trains. Tune's own state is thrown away: what counts is in
+the ledger, and what workers wrote counts even where Tune or Ray gave up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from ray import tune
+
+from services.data.corpus import Corpus
+from services.report.histogram import draw_histogram
+from services.schedule.jobs import data_record, job_of, params_of
+from services.schedule.trial import run_trial
+from services.study.ledger import Ledger
+from services.study.manifest import Manifest, check_unchanged, next_manifest, read_manifest, write_manifest
+from services.study.plan import Plan, Trial
+from services.study.result import TrialResult, UnreadableResult
+from services.study.storage import Storage
+from services.track.courier import Courier
+from services.track.runs import MlflowException, Tracker, TrackingError
+
+log = logging.getLogger(__name__)
+POLL_S = 1.0
+
+
+class Exit(IntEnum):
+    """How a run ended, for shells and schedulers."""
+
+    COMPLETE = 0
+    FAILED = 1
+    REFUSED = 2
+    INCOMPLETE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run: `address` of a Ray cluster (None: RAY_ADDRESS or this machine), and where progress lines go."""
+
+    address: str | None = None
+    say: Callable[[str], None] = print
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run under the lease."""
+
+    plan: Plan
+    storage: Storage
+    ledger: Ledger
+    uri: str
+    options: Options
+    lost: threading.Event
+    _unreadable: set[str] = field(default_factory=set)
+
+    def go(self, cache: Corpus, at_once: int) -> Exit:
+        say, study = self.options.say, self.plan.study
+        old = read_manifest(self.storage)  # again, under the lease: another driver may have been here since
+        if old is not None:
+            check_unchanged(old, self.plan)
+        manifest = next_manifest(old, self.plan, data_record(cache, self.plan.trials[0].recipe))
+        root = Storage(study.storage).local_path
+        # a server keeps artifacts where it was told to; a database on this machine keeps them beside the studies
+        local_store = root is not None and not self.uri.startswith("http")
+        runs = {}
+        try:
+            tracker = Tracker(self.uri, root / "mlflow-artifacts" if local_store and root else None)
+            tracker.open_study(study.name, study.question)
+            courier = Courier(tracker, self.storage, manifest.started_ms, say)
+            for trial in self.plan.trials:
+                run_id = tracker.open_trial(trial.id, trial.name, params_of(trial, self.plan), manifest.data)
+                courier.add(trial.id, trial.name, run_id, trial.recipe.steps)
+                runs[trial.id] = run_id
+        except (MlflowException, OSError) as error:
+            raise TrackingError(f"tracking.uri {self.uri} failed ({_first_line(error)}); mend it and run again") from error
+        manifest = replace(manifest, tracking={"uri": self.uri, "parent": tracker.parent, "runs": runs})
+        write_manifest(self.storage, manifest)
+        self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid())
+        self._collect(courier)
+        missing = self._missing()
+        done = len(self.plan.trials) - len(missing)
+        begun = "new study" if old is None else "resuming study"
+        say(f"{begun} {study.name} in {self.storage.root}: {len(self.plan.trials)} trials, {done} finished, "
+            f"{len(missing)} to run ({self.plan.backend} backend, {at_once} at a time)")  # fmt: skip
+        if missing:
+            self._train(missing, manifest, courier, at_once)
+        if self.lost.is_set():
+            say(f"study {study.name}: another driver took it over; this one stopped")
+            return Exit.INCOMPLETE
+        return self._end(tracker, courier)
+
+    def _missing(self) -> list[Trial]:
+        states = self.ledger.states(trial.id for trial in self.plan.trials)
+        return [trial for trial in self.plan.trials if states[trial.id].state != "finished"]
+
+    def _collect(self, courier: Courier) -> None:
+        """Brings ledger and MLflow up to what workers have written: results that exist become finished, then tracked."""
+        states = self.ledger.states(trial.id for trial in self.plan.trials)
+        limit = self.plan.study.tracking.log_model_max_gib * 2**30
+        for trial in self.plan.trials:
+            if states[trial.id].tracked_in == self.uri:
+                continue
+            raw = self.storage.read(f"trials/{trial.id}/result.json")
+            if raw is None:
+                continue
+            try:
+                result = TrialResult.from_json(raw, where=f"{self.storage.root}/trials/{trial.id}/result.json")
+            except UnreadableResult as error:  # the others' results are still wanted
+                if trial.id not in self._unreadable:
+                    log.error("%s; delete that file and run again to write it anew from the last checkpoint", error)
+                self._unreadable.add(trial.id)
+                continue
+            if states[trial.id].state != "finished":
+                self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss)
+                self.options.say(f"{trial.name:<34} finished: held-out loss {result.held_out_loss:.4f} nats")
+            self._draw(trial)
+            if courier.ready() and courier.deliver_result(trial.id, result, limit):
+                self.ledger.append("tracked", trial.id, uri=self.uri)
+
+    def _draw(self, trial: Trial) -> None:
+        table = self.storage.read(f"trials/{trial.id}/histograms.parquet")
+        if table is None or self.storage.exists(f"trials/{trial.id}/histogram.png"):
+            return
+        picture = draw_histogram(table, trial.name)
+        if picture is not None:
+            self.storage.write(f"trials/{trial.id}/histogram.png", picture)
+
+    def _train(self, missing: list[Trial], manifest: Manifest, courier: Courier, at_once: int) -> None:
+        scratch = tempfile.mkdtemp(prefix="decay-tune-")
+        stop = threading.Event()
+
+        def carry() -> None:
+            while not stop.wait(POLL_S):
+                try:
+                    courier.poll()
+                    self._collect(courier)
+                except Exception:  # a courier's trouble must not stop training; the last _collect raises it again
+                    log.exception("courier")
+
+        thread = threading.Thread(target=carry, name="courier", daemon=True)
+        thread.start()
+        try:
+            self._fit(missing, manifest, at_once, scratch)
+        except KeyboardInterrupt:
+            self.options.say("interrupted; run again to go on")
+        except Exception as error:  # Tune or Ray gave up: what workers wrote still counts, and no run may stay RUNNING
+            log.debug("Tune", exc_info=True)
+            self.options.say(f"Ray ended the run ({_first_line(error)}); run again to go on")
+        finally:
+            stop.set()
+            thread.join()
+            shutil.rmtree(scratch, ignore_errors=True)
+        if self.lost.is_set():  # the study belongs to another driver now: write nothing more
+            return
+        courier.patient = False  # the last chance of this run: ask once more whatever happened before
+        courier.poll()
+        self._collect(courier)
+
+    def _fit(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> None:
+        resources, backend = self.plan.study.resources, self.plan.backend
+        jobs = {trial.id: job_of(trial, self.plan, self.storage, manifest) for trial in missing}
+        trainable = tune.with_parameters(
+            run_trial, jobs=jobs, backend=backend, cpus=resources.cpus_per_worker, retries=resources.max_failures
+        )
+        bundle = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            bundle["GPU"] = resources.gpus_per_worker
+        warm = backend == "warm"
+        # a warm trial brings its workers' bundles; a Train group asks for its own, so its trial only needs a seat on the head
+        wanted = tune.PlacementGroupFactory(
+            [{}, *([bundle] * resources.workers)] if warm else [{"node:__internal_head__": 0.001}]
+        )
+        grid = tune.Tuner(
+            tune.with_resources(trainable, wanted),
+            param_space={"trial": tune.grid_search([trial.id for trial in missing])},
+            tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=warm),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=resources.max_failures if warm else 0),
+            ),
+        ).fit()
+        for result in grid:
+            if result.error is not None and result.config:
+                reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1][:500]
+                self.ledger.append("failed", result.config["trial"], reason=f"workers died: {reason}")
+
+    def _end(self, tracker: Tracker, courier: Courier) -> Exit:
+        states = self.ledger.states(trial.id for trial in self.plan.trials)
+        names = {trial.id: trial.name for trial in self.plan.trials}
+        for trial, state in states.items():
+            if state.state == "failed":
+                self.options.say(f"{names[trial]:<34} failed: {state.reason}")
+            if state.state != "finished":
+                courier.mark_ended(trial, "FAILED" if state.state == "failed" else "KILLED")
+        complete = all(state.state == "finished" for state in states.values())
+        tracked = all(state.tracked_in == self.uri for state in states.values())
+        try:
+            tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
+        except (MlflowException, OSError) as error:
+            log.warning("MLflow did not take the end of the study (%s); run again to send it", _first_line(error))
+            tracked = False
+        if complete and tracked:
+            return Exit.COMPLETE
+        return Exit.FAILED if any(state.state == "failed" for state in states.values()) else Exit.INCOMPLETE
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def to_stderr(line: str) -> None:
+    """Progress where it does not mix with a report on standard output."""
+    print(line, file=sys.stderr, flush=True)
