@@ -20,7 +20,7 @@ from services.report.claims import (
     read_claims,
 )
 from services.report.claims_page import claim_lines
-from services.schedule.driver import study_storage
+from services.schedule.places import study_storage
 from services.schedule.reporting import study_results
 from services.study.file import StudyError, read_study
 from services.study.manifest import next_manifest, write_manifest
