@@ -160,9 +160,10 @@ class DecayLinearTransformer(nn.Module):
         return out
 
     @torch.no_grad()
-    def extend(self, tokens_bt: Tensor, state: DecodeState | None = None) -> tuple[Tensor, DecodeState]:
+    def extend(self, tokens_bt: Tensor, state: DecodeState | None = None, *, last: int = 0) -> tuple[Tensor, DecodeState]:
         """Reads new tokens (B, T), T >= 1, that follow those of `state`; returns their logits (B, T, padded vocabulary)
-        and the state after them. The logits are those of `forward` on the whole text."""
+        and the state after them. The logits are those of `forward` on the whole text. `last` > 0 computes those of the
+        last tokens only: a prompt's others are large and read by nobody."""
         start = 0 if state is None else state.position
         x_btd, stream = self.embedding(tokens_bt), None
         if self.stream is not None:
@@ -172,7 +173,7 @@ class DecayLinearTransformer(nn.Module):
         for layer, (block, joint) in enumerate(zip(self.blocks, self._joints(), strict=True)):
             x_btd, after = cast(Block, block).extend(x_btd, joint, angles, None if state is None else state.layers[layer])
             layers.append(after)
-        logits: Tensor = self.head(self.final_norm(x_btd))
+        logits: Tensor = self.head(self.final_norm(x_btd[:, -last:]))
         return logits, DecodeState(position=start + tokens_bt.shape[1], layers=tuple(layers), stream=stream)
 
     def _angles(self, x_btd: Tensor, start: int) -> Angles | None:
@@ -224,11 +225,11 @@ def _draw_weights(model: nn.Module, seed: int) -> None:
     drawn = 0
     for name, module in model.named_modules():
         if (draw := getattr(module, "draw", None)) is not None:
-            draw(torch.Generator().manual_seed(_stream(seed, name)))
+            draw(torch.Generator().manual_seed(weight_stream(seed, name)))
             drawn += len(list(module.parameters(recurse=False)))
     assert drawn == len(list(model.parameters())), "every parameter belongs to a module that draws it"
 
 
-def _stream(seed: int, name: str) -> int:
+def weight_stream(seed: int, name: str) -> int:
     """A generator seed that differs for every parameter's module."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1

@@ -182,6 +182,21 @@ def clean(
 
 
 @app.command()
+def export(
+    study_file: StudyFile,
+    trial: Annotated[str, typer.Argument(help="name of a finished trial, or the beginning of its id")],
+    to: Annotated[Path | None, typer.Option(help="folder to write; default exports/<trial>", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Write a finished trial as a folder that Hugging Face's transformers loads and generates with, without this project."""
+    from services.export.export_trial import export_trial
+    from services.study.file import read_study
+
+    typer.echo(export_trial(read_study(study_file, storage), trial, to, overwrite))
+
+
+@app.command()
 def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep the demo's files")] = "runs") -> None:
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
     from services.schedule.driver import run_study

@@ -1,0 +1,1 @@
+"""From a finished trial to a folder that Hugging Face's transformers loads without this project."""
