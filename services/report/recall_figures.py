@@ -86,19 +86,29 @@ def moving_recall_figure(rankings: Sequence[SizeRanking], element: str) -> str:
 
 def _lines(rankings: Sequence[SizeRanking]) -> dict[str, list[Configuration]]:
     """Configurations by what they share, each line by state size."""
-    lines: dict[str, list[Configuration]] = {}
+    found: dict[str, dict[tuple[str, object], Configuration]] = {}
     for row in (row for ranking in rankings for row in ranking.rows):
-        if row.accuracy is not None and row.state_size is not None:
-            lines.setdefault(re.sub(r"-dh\d+\b", "", row.label), []).append(row)
-    apart: dict[str, list[Configuration]] = {}
-    for name, rows in sorted(lines.items()):
-        several_widths = len({row.size for row in rows}) < len(rows)
-        for row in sorted(rows, key=lambda row: (row.parameters, row.state_size or 0)):
-            apart.setdefault(f"{name}, {row.size}" if several_widths and len(rankings) > 1 else name, []).append(row)
-    return apart
+        if row.accuracy is None or row.state_size is None:
+            continue
+        line, place = found.setdefault(_name(row), {}), (row.size, row.trials[0].point.get("head_dim"))
+        if place not in line or row.accuracy > (line[place].accuracy or 0.0):
+            line[place] = row
+    lines: dict[str, list[Configuration]] = {}
+    for name, line in sorted(found.items()):
+        several_widths = len({size for size, _ in line}) < len(line)
+        for row in sorted(line.values(), key=lambda row: (row.parameters, row.state_size or 0)):
+            lines.setdefault(f"{name}, {row.size}" if several_widths and len(rankings) > 1 else name, []).append(row)
+    return lines
+
+
+def _name(row: Configuration) -> str:
+    """The method without the width of a head and without what the study varies in the recipe, but for the length."""
+    varied = row.trials[0].varied
+    words = row.method.split(" ")[:1] if varied else [row.label]
+    words += [f"seq_len={varied['seq_len']}"] if "seq_len" in varied else []
+    return re.sub(r"-dh\d+\b", "", " ".join(words))
 
 
 def _guessing(lines: dict[str, list[Configuration]]) -> float:
     """Answers are equally likely, so their entropy says how many there are."""
     return math.exp(-max(row.unigram_entropy for rows in lines.values() for row in rows))
-

@@ -206,6 +206,7 @@ def recall_sentences(rankings: Sequence[SizeRanking]) -> list[str]:
         "An answer is right when the likeliest token of the vocabulary is the one that was asked for. The state is what the "
         "model keeps of a sequence of the trained length: keys and values of every token for softmax attention.",
         f"The highest accuracy is {accuracy_text(best)}, by {best.label} at size {best.size}.",
+        *(["Where recipes vary, the figure has the most accurate of each method."] if best.trials[0].varied else []),
     ]
 
 

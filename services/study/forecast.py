@@ -69,7 +69,7 @@ class Forecast:
 
     @property
     def on_gpus(self) -> bool:
-        """Whether memory is worth a word."""
+        """Whether hours are hours of GPUs."""
         return self.asked.gpu is not None or self.plan.study.resources.gpus_per_worker > 0
 
     def memory(self, trial: Trial, stage: int | None = None, micro_batch: int | None = None) -> Memory:

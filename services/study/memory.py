@@ -6,9 +6,9 @@ where as much as DeepSpeed keeps gathered comes on top. A communication buffer c
 
 Added by a micro-batch: what autograd saves for the backward pass, in bf16 a copy of every weight that is multiplied, and the
 logits of as many tokens as the head works on at once, three times in fp32 (itself, its softmax, its gradient).
-What is unusual: the first is measured, not derived. A model of one layer with one or two heads runs on a few tokens on the
+What is unusual: the first is measured, not derived. A model of two layers with one or two heads runs on a few tokens on the
 CPU, and what it saves is scaled up linearly in tokens, layers, heads and widths, which is exact; points that differ in their
-decay alone are taken to save the same (they differ by less than a tenth).
+decay alone are taken to save the same (they differ by a tenth at most).
 With a fused kernel a GPU saves less in the scan than the plain torch scan that is run here.
 Not counted: the allocator's gaps and CUDA's own. The CPU saves more around a norm than CUDA does, so the sum is 4 to 10 %
 above the peak that an H100 showed (160M to 1.45B, vector, scalar and softmax, bf16 and fp32), which about covers the gaps.
@@ -35,8 +35,9 @@ STAGES = (0, 1, 2, 3)
 LARGEST_BUCKET = 200_000_000  # elements, as services/train/engine.py sets it; a test holds the two together
 BYTES_PER_LOGIT = 12
 MOST_GATHERED = 1_000_000_000  # elements: DeepSpeed's own bound on what stage 3 keeps gathered (max_live_parameters)
-TOKENS = (64, 128)  # whole chunks of every scan
-STREAM, BLOCK, HEAD = "stream", "block", "head"
+TOKENS = (128, 192)  # whole chunks of every scan, the first one left behind: its state is no more than zeros
+NARROW = 8  # columns of the GLU that is measured
+STREAM, FIRST, BLOCK, HEAD = "stream", "first block", "block", "head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +89,24 @@ def activation_bytes(config: ModelConfig, tokens: int, bf16: bool) -> float:
     return tokens * (saved[STREAM] + config.size.layers * saved[BLOCK]) + logits
 
 
-_measured: dict[Any, dict[str, tuple[float, float, float]]] = {}
+_by_head: dict[Any, dict[str, tuple[float, float]]] = {}  # per token: with one head, and for every further one
+_by_width: dict[bool, float] = {}  # per token of a layer and column of the GLU, the same for every point
 
 
 def saved_per_token(config: ModelConfig, bf16: bool) -> dict[str, float]:
-    """Bytes that autograd saves per token outside the blocks and in one block: affine in heads and in the GLU's width."""
+    """Bytes that autograd saves per token once a model and once a layer: affine in heads and in the GLU's width."""
     point = config.point
     key = (replace(point, decay="", p=None), decays.get(point.decay).reads_input, config.head_dim, bf16)
-    if key not in _measured:
+    if key not in _by_head:
         with _one_thread():
-            one, two, wide = (_slope(_narrow(config, *shape), bf16) for shape in ((1, 8), (2, 8), (1, 16)))
-        _measured[key] = {part: (one[part], two[part] - one[part], wide[part] - one[part]) for part in (STREAM, BLOCK)}
-    more_heads, wider = config.heads - 1, config.size.glu_dim / 8 - 1
-    return {part: base + more_heads * head + wider * step for part, (base, head, step) in _measured[key].items()}
+            one, two = (_slope(_narrow(config, heads, NARROW), bf16) for heads in (1, 2))
+            if bf16 not in _by_width:
+                wide = _slope(_narrow(config, 1, 2 * NARROW), bf16)
+                _by_width[bf16] = (wide[BLOCK] - one[BLOCK]) / NARROW
+        _by_head[key] = {part: (one[part], two[part] - one[part]) for part in (STREAM, BLOCK)}
+    saved = {part: first + (config.heads - 1) * further for part, (first, further) in _by_head[key].items()}
+    saved[BLOCK] += (config.size.glu_dim - NARROW) * _by_width[bf16]
+    return saved
 
 
 @contextmanager
@@ -115,22 +121,27 @@ def _one_thread() -> Iterator[None]:
 
 
 def _narrow(config: ModelConfig, heads: int, glu_dim: int) -> ModelConfig:
-    size = Size(name="narrow", d_model=heads * config.head_dim, layers=1, heads=heads, glu_dim=glu_dim)
+    size = Size(name="narrow", d_model=heads * config.head_dim, layers=2, heads=heads, glu_dim=glu_dim)
     narrow = replace(config, size=size, vocab_size=1)
     return narrow if fits(narrow) else replace(narrow, size=replace(size, layers=config.size.layers))
 
 
 def _slope(config: ModelConfig, bf16: bool) -> dict[str, float]:
-    """Bytes per token, free of what does not grow with the text: masks, and the copies of weights."""
+    """Bytes per token, free of what does not grow with the text: masks, and the copies of weights.
+
+    A layer is what the second of two saves; what the first saves more, or less, is there once a model.
+    """
     model = DecayLinearTransformer(config)
-    model.blocks = model.blocks[:1]
+    model.blocks = model.blocks[:2]
     few, many = (_saved(model, tokens, bf16) for tokens in TOKENS)
-    return {part: (many[part] - few[part]) / (TOKENS[1] - TOKENS[0]) for part in few}
+    slope = {part: (many[part] - few[part]) / (TOKENS[1] - TOKENS[0]) for part in few}
+    return {STREAM: slope[STREAM] + slope[FIRST] - slope[BLOCK], BLOCK: slope[BLOCK]}
 
 
 def _saved(model: DecayLinearTransformer, tokens: int, bf16: bool) -> dict[str, int]:
     """Bytes that autograd saves of one forward, each storage once, by the part of the model that saves it first."""
-    found, where = dict.fromkeys((STREAM, BLOCK, HEAD), 0), [STREAM]
+    parts = {FIRST: model.blocks[0], BLOCK: model.blocks[1], HEAD: model.head}
+    found, where = dict.fromkeys((STREAM, *parts), 0), [STREAM]
     known: dict[int, Any] = {value.untyped_storage()._cdata: value for value in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ def _saved(model: DecayLinearTransformer, tokens: int, bf16: bool) -> dict[str, 
             found[where[0]] += storage.nbytes()
         return tensor
 
-    hooks = [hook for part, module in ((BLOCK, model.blocks[0]), (HEAD, model.head)) for hook in _mark(part, module, where)]
+    hooks = [hook for part, module in parts.items() for hook in _mark(part, module, where)]
     text = torch.zeros(1, tokens, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, bf16):
         model(text, text)

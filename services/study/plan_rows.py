@@ -58,7 +58,7 @@ def as_text(forecast: Forecast, kind: str) -> str:
 def _planned(forecast: Forecast, trials: list[Trial]) -> dict[str, Any]:
     first, states = trials[0], forecast.states
     rate = forecast.rates.of(first)
-    memory = [forecast.memory(first, stage).total / 2**30 if forecast.on_gpus else None for stage in STAGES]
+    memory = [forecast.memory(first, stage).total / 2**30 if forecast.asked.gpu else None for stage in STAGES]
     values = (
         " ".join(str(trial.seed) for trial in trials), " ".join(trial.id for trial in trials),
         sum(states[trial.id].state == "finished" for trial in trials), first.parameters, first.config.size.glu_dim,

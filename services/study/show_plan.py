@@ -31,7 +31,7 @@ def show_plan(study: Study, console: Console, asked: Asked | None = None) -> Pla
     console.print(_trials(seen, published))
     for line in [_sum(seen), *_sources(seen), *_ledger(seen), *_over_budget(seen)]:
         console.print(escape(line), soft_wrap=True)
-    if seen.on_gpus:
+    if seen.asked.gpu:
         console.print(_memory(seen))
         for line in _too_large(seen):
             console.print(escape(line), soft_wrap=True)

@@ -73,9 +73,7 @@ class LossModule(nn.Module):
         self._autocast = recipe.precision == "bf16"
         self._device_type = torch.device(device).type
 
-    def forward(
-        self, tokens_bt: Tensor, observe: Any = None, targets_bt: Tensor | None = None, judge: bool = False
-    ) -> Tensor:
+    def forward(self, tokens_bt: Tensor, observe: Any = None, targets_bt: Tensor | None = None, judge: bool = False) -> Tensor:
         """Loss on the targets (0-d); with `judge` their loss, the share that is right, and the share of whole rows (3,)."""
         if targets_bt is None:
             targets_bt = _next_tokens(tokens_bt)

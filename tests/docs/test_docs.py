@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from decay_core import decays
 from services.study.file import Budget, Data, Grid, Model, RecipeFields, Resources, Study, Tracking
+from services.study.recall_task import Induction, Mqar, Needle
 
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -27,6 +28,9 @@ TABLES: dict[str, type[BaseModel]] = {
     "`recipe`": RecipeFields,
     "`model`": Model,
     "`data`": Data,
+    "`recall` of `mqar`": Mqar,
+    "`recall` of `induction`": Induction,
+    "`recall` of `needle`": Needle,
     "`budget`": Budget,
     "`resources`": Resources,
     "`tracking`": Tracking,

@@ -3,8 +3,10 @@
 import pytest
 import yaml
 from synthetic_study import trial
+from typer.testing import CliRunner
 
 from decay_core.design import DesignPoint
+from services.cli import app
 from services.report.claims import (
     FAILS,
     HOLDS,
@@ -18,6 +20,11 @@ from services.report.claims import (
     read_claims,
 )
 from services.report.claims_page import claim_lines
+from services.schedule.places import study_storage
+from services.schedule.reporting import study_results
+from services.study.file import StudyError, read_study
+from services.study.manifest import next_manifest, write_manifest
+from services.study.plan import make_plan
 from services.study.published import FOLDER, errata
 
 SIZES = ["160M", "410M", "1.45B"]
@@ -149,3 +156,41 @@ def test_values_of_a_varied_recipe_are_asked_apart():
             results.append(trial(f"{decay}-vector", loss=loss + 10 * rate).model_copy(update=own))
     verdicts = [v for v in evaluate(measured_in(results)) if v.claim.id == "mamba2-does-not-need-a"]
     assert [(v.place.variant, v.answer) for v in verdicts] == [("lr 0.001", HOLDS), ("lr 0.003", HOLDS)]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """finished(file): a study of tune_spaces whose every trial has a result, and its storage."""
+
+    def finish(file):
+        study = read_study(FOLDER.parent / file, str(tmp_path))
+        plan, storage = make_plan(study), study_storage(study)
+        write_manifest(storage, next_manifest(None, plan, {"digest": "d", "source": "s"}))
+        for index, one in enumerate(plan.trials):
+            about = {"trial_id": one.id, "name": one.name, "method": one.method, "point": one.point.to_dict()}
+            result = trial(one.point.name, size=one.size, loss=4.0 + index / 10).model_copy(update=about)
+            storage.write(f"trials/{one.id}/result.json", result.to_json().encode())
+        return study
+
+    return finish
+
+
+def test_a_study_is_asked_by_its_file(finished, tmp_path):
+    finished("smoke.yaml")
+    answered = CliRunner().invoke(app, ["claims", str(FOLDER.parent / "smoke.yaml"), "--storage", str(tmp_path)])
+    assert answered.exit_code == 0, answered.output
+    assert "    -0.100  mamba2-vector - gla-vector" in answered.output and "  nano, as_published: holds" in answered.output
+
+
+def test_the_papers_rows_are_asked_without_a_study_and_never_both(tmp_path):
+    assert f"{len(read_claims())} claims: " in CliRunner().invoke(app, ["claims", "--published"]).output
+    for words in (["claims"], ["claims", str(FOLDER.parent / "smoke.yaml"), "--published"]):
+        assert isinstance(CliRunner().invoke(app, words).exception, StudyError)
+    empty = CliRunner().invoke(app, ["claims", str(FOLDER.parent / "smoke.yaml"), "--storage", str(tmp_path)])
+    assert "has no finished trial in" in str(empty.exception)
+
+
+def test_results_of_the_papers_points_come_with_its_losses(finished):
+    results = {result.method: result.published_loss for result in study_results(finished("first/rope.yaml"))}
+    assert results["tnl-scalar-rope"] == results["tnl-scalar-rope-as_run"] == 2.975
+    assert set(results.values()) == {2.96, 2.959, 2.985, 2.975}

@@ -8,7 +8,7 @@ import pytest
 import rich.console
 from synthetic_study import many_methods, summary_of, trial
 
-from services.report import build_report, console_table
+from services.report import build_report, console_table, recall_figures
 from services.report.recall_figures import moving_recall_figure, recall_figure
 from services.report.seed_spread import rank_by_size
 from services.study.result import TrialResult
@@ -41,6 +41,16 @@ def test_accuracy_and_state_size_are_in_table_csv_and_figure(tmp_path: Path) -> 
     assert rows["softmax-rope"]["state_size"] == "16384"
     page = files.html.read_text()
     assert 'id="accuracy"' in page and page.count('"none-scalar-delta"') >= 1  # one line joins the three widths
+
+
+def test_of_varied_recipes_the_figure_has_the_best_of_each_method() -> None:
+    results = [
+        trial(f"gla-vector lr={lr}", held_out_accuracy=share, state_size=size, varied={"lr": lr}, size=name)
+        for name, size, shares in (("nano", 8192, (0.2, 0.6)), ("micro", 65536, (0.9, 0.3)))
+        for lr, share in zip((0.001, 0.003), shares, strict=True)
+    ]
+    (line,) = recall_figures._lines(rank_by_size(results)).items()
+    assert (line[0], [row.accuracy for row in line[1]]) == ("gla-vector", [0.6, 0.9])
 
 
 def test_the_console_says_how_many_answers_are_right() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 from synthetic_study import many_methods, trial
 
+from services.report.csv_files import trial_csv
 from services.report.seed_spread import rank_by_size
 from services.report.tables import headline, noise_sentences, rank_list
 
@@ -39,6 +40,20 @@ def test_close_pairs_are_not_separated_and_far_pairs_are() -> None:
     (ranking,) = rank_by_size(results)
     # s = 0.01414; with two seeds each the limit is 2 s = 0.02828
     assert [ranking.not_separated(c) for c in ranking.rows] == [[2], [1], []]
+
+
+def test_one_method_under_several_recipes_is_several_rows_and_only_seeds_are_pooled() -> None:
+    results = [
+        trial(f"gla-vector lr={lr}", loss=loss + d, seed=seed, name=f"gla-vector-nano-lr{lr}-s{seed}", varied={"lr": lr})
+        for lr, loss in ((0.001, 4.0), (1e-05, 5.0))
+        for seed, d in ((1, -0.01), (2, 0.01))
+    ]
+    (ranking,) = rank_by_size(results)
+    assert [(row.label, len(row.trials)) for row in ranking.rows] == [("gla-vector lr=0.001", 2), ("gla-vector lr=1e-05", 2)]
+    # two rows, each with one degree of freedom and variance 0.0002: the recipes' distance of 1 is in neither
+    assert ranking.degrees_of_freedom == 2 and ranking.pooled_sd == pytest.approx(math.sqrt(0.0002))
+    (line,) = {line.split(",")[-1] for line in trial_csv(results[:2]).splitlines()[1:]}
+    assert trial_csv(results).splitlines()[0].endswith("point_share,varied_lr") and line == "0.001"
 
 
 def test_one_seed_each_gives_no_noise_floor() -> None:

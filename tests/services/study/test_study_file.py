@@ -84,7 +84,7 @@ def test_the_valid_study_is_valid(write_study):
         ({"space": [{"decay": {"simple_decay": [0.9, 1]}}]}, "strictly between 0 and 1, given 1"),
         ({"space": [{"decay": "gla"}, {"decay": "gla", "share": True, "granularity": "scalar"}]},
          "space.1 has no valid point: decay=gla, granularity=scalar, share=True"),
-        ({"space": [{"decay": "gla", "position": "rope"}]}, "nearest valid: gla-scalar-rope"),
+        ({"space": [{"decay": "gla", "position": "rope"}]}, "nearest valid: gla-paired-rope"),
         ({"resources": {"workers": 3}}, "recipe.batch_size 8 cannot be shared by resources.workers 3"),
         ({"resources": {"micro_batch_size": 3}}, "micro_batch_size 3 does not divide the 4 sequences"),
         ({"budget": {"max_trials": 11}}, "budget.max_trials is 11, the space has 12 trials"),
@@ -150,7 +150,7 @@ def test_a_file_that_is_no_plain_yaml_is_refused_in_one_line(write_study, conten
     assert said in refusal(path)
 
 
-@pytest.mark.parametrize("key", ["question", "seeds", "space", "data", "unknown"])
+@pytest.mark.parametrize("key", ["question", "seeds", "space", "vary", "data", "unknown"])
 def test_an_alias_bomb_is_refused_at_once(write_study, key):
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 60))

@@ -40,9 +40,7 @@ def test_no_narrower_or_wider_step_would_agree_better(study):
 
 
 def test_widths_that_change_change_the_id_and_others_do_not(study):
-    matched, plain = (
-        make_plan(study(**LARGE, match=how)).trials for how in ("parameters", "none")
-    )
+    matched, plain = (make_plan(study(**LARGE, match=how)).trials for how in ("parameters", "none"))
     same = [one.config.size == other.config.size for one, other in zip(matched, plain, strict=True)]
     assert True in same and False in same
     assert [one.id == other.id for one, other in zip(matched, plain, strict=True)] == same

@@ -1,4 +1,4 @@
-"""`vary` multiplies a study by recipes: every combination is a trial of its own, named by what varies and checked like a file."""
+"""`vary` multiplies a study by recipes: every combination is a trial, named by what varies and checked like a file."""
 
 import pytest
 
@@ -20,7 +20,8 @@ def refused(path):
 def test_trials_are_points_times_recipes_times_seeds_named_by_what_varies(study):
     plan = make_plan(study(space=POINT, vary={"lr": [0.001, 3e-5], "weight_decay": [0, 0.1]}))
     recipes = [f"lr{lr}-weight_decay{decay}" for lr in ("0.001", "3e-05") for decay in ("0.0", "0.1")]
-    assert [trial.name for trial in plan.trials] == [f"gla-vector-nano-{recipe}-s{seed}" for recipe in recipes for seed in (1, 2)]
+    names = [f"gla-vector-nano-{recipe}-s{seed}" for recipe in recipes for seed in (1, 2)]
+    assert [trial.name for trial in plan.trials] == names
     assert [(trial.recipe.lr, trial.recipe.weight_decay) for trial in plan.trials[::2]] == [
         (0.001, 0.0), (0.001, 0.1), (3e-5, 0.0), (3e-5, 0.1)
     ]  # fmt: skip

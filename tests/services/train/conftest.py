@@ -78,6 +78,7 @@ def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp
         changed = {
             "recipe": {**whole["recipe"], **(recipe or {})},
             "space": [grid] if grid else whole["space"],
+            "vary": changes.pop("vary", {}),
             "data": task or whole["data"],
             "resources": {**whole["resources"], **changes},
         }

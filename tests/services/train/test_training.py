@@ -1,7 +1,9 @@
 """The loop on real processes: ZeRO stages agree, a kill changes nothing, a checkpoint is whole or refused."""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,14 @@ def test_resume_after_kill_gives_same_bits(train, zero_stage, workers, precision
     assert resumed.result["weights_sha256"] == quiet.result["weights_sha256"]
     assert resumed.result["order_hash"] == quiet.result["order_hash"]
     assert (resumed.folder / "histograms.parquet").read_bytes() == (quiet.folder / "histograms.parquet").read_bytes()
+
+
+def test_a_result_says_on_what_and_with_which_code_and_recipe_it_was_trained(train):
+    (one,) = train({"name": "said", "vary": {"lr": [0.001]}})
+    assert (one.result["device"], one.result["method"], one.result["varied"]) == ("cpu", "hgrn2-vector lr=0.001", {"lr": 0.001})
+    assert one.steps[-3]["train/learning_rate"] <= 0.001 < 0.003
+    code = Path(__file__).parents[3] / "decay_core" / "decays" / "hgrn2.py"
+    assert one.result["mechanism"]["decay_core/decays/hgrn2.py"] == hashlib.sha256(code.read_bytes()).hexdigest()
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(train):
