@@ -35,7 +35,7 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_ZERO = tl.constexpr(-150.0)  # 2^-150 is 0 in fp32
-HALF_RANGE = tl.constexpr(100.0)  # decayed operands stay within 2^±100 of the given ones
+HALF_RANGE = tl.constexpr(100.0)  # decayed operands stay within 2^±100 of the given ones, which fits bf16 and fp32
 GROUP = 16  # chunks that one program of an exact launch looks at
 
 
@@ -126,6 +126,11 @@ def _up_to(C: tl.constexpr):
 
 
 @triton.jit
+def _from(C: tl.constexpr):
+    return tl.arange(0, C)[None, :] >= tl.arange(0, C)[:, None]
+
+
+@triton.jit
 def _after(C: tl.constexpr):
     return tl.arange(0, C)[None, :] > tl.arange(0, C)[:, None]
 
@@ -198,9 +203,9 @@ def forward_kernel(
     o += (b * T * H + h) * V
     states += bh * chunks * (K * V)
     flags += bh * chunks
-    values, keys, inside = _state_offsets(first_value, 0, V, K, BV, BK)
+    row, col, inside = _state_offsets(first_value, 0, V, K, BV, BK)
     if HAS_INITIAL:
-        state = tl.load(initial + bh * (K * V) + keys * V + values, mask=inside, other=0.0)
+        state = tl.load(initial + bh * (K * V) + col * V + row, mask=inside, other=0.0)
     else:
         state = tl.zeros([BV, BK], tl.float32)
     for c in tl.range(0, chunks, num_stages=STAGES):
@@ -210,21 +215,40 @@ def forward_kernel(
         tile_v = _load(v, v_t, first_value, left, C, V, BV).to(LP)
         log2 = _load_log2(g, g_t, 0, left, C, K, BK)
         if WANT_STATES:
-            tl.store(states + values * K + keys, state.to(states.dtype.element_ty), mask=inside)
+            tl.store(states + row * K + col, state.to(states.dtype.element_ty), mask=inside)
         high, low = _halves(log2, LP)
         tile_q = tile_q.to(tl.float32) * scale
         tile_k = tile_k.to(tl.float32)
-        d = _sums(_around_middle(C, BASE), high, low, LP)
-        steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
-        a = _pair_weights(tile_q, tile_k, d, high, low, False, C, BASE, LOGC, LP, IP)
-        a = tl.where(steep, 0.0, a)  # that chunk's pairs are added by rows_exact_kernel
+        total = tl.sum(log2, 0)
+        since = _sums(_up_to(C), high, low, LP)
+        if BASE == LOGC:
+            # A channel too steep for a middle takes the start for its queries and the end for its keys: right for the
+            # states, and the chunk's pairs are left to the exact launch.
+            gentle = total >= -2 * HALF_RANGE
+            middle = tl.where(gentle, 0.5 * total, 0.0)
+            end = tl.where(gentle, 0.5 * total, total)
+            queries = tile_q * tl.exp2(since - middle[None, :])
+            keys = tile_k * tl.exp2(end[None, :] - since)
+            steep = tl.min(total, 0) < -2 * HALF_RANGE
+            a = tl.dot(queries.to(LP), tl.trans(keys.to(LP)), input_precision=IP)
+            a = tl.where(_up_to(C), a, 0.0)
+            queries *= tl.exp2(middle)[None, :]
+            keys *= tl.exp2(total - end)[None, :]
+        else:
+            d = _sums(_around_middle(C, BASE), high, low, LP)
+            steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
+            a = _pair_weights(tile_q, tile_k, d, high, low, False, C, BASE, LOGC, LP, IP)
+            queries = tile_q * tl.exp2(since)
+            keys = tile_k * tl.exp2(total[None, :] - since)
+        if LP == tl.float32:
+            # total - since loses the last digits where a chunk forgets much
+            keys = tile_k * tl.exp2(_sums(_after(C), high, low, LP))
         tl.store(flags + c, steep.to(tl.int8))
-        queries = (tile_q * tl.exp2(_sums(_up_to(C), high, low, LP))).to(LP)
-        out = tl.dot(queries, tl.trans(state.to(LP)), input_precision=IP)
+        a = tl.where(steep, 0.0, a)
+        out = tl.dot(queries.to(LP), tl.trans(state.to(LP)), input_precision=IP)
         out = tl.dot(a.to(LP), tile_v, out, input_precision=IP)
         _store(o, H * V, first_value, left, out, C, V, BV)
-        updates = (tile_k * tl.exp2(_sums(_after(C), high, low, LP))).to(LP)
-        state = tl.dot(tl.trans(tile_v), updates, state * tl.exp2(tl.sum(log2, 0))[None, :], input_precision=IP)
+        state = tl.dot(tl.trans(tile_v), keys.to(LP), state * tl.exp2(total)[None, :], input_precision=IP)
         q += C * q_t
         k += C * k_t
         v += C * v_t
@@ -232,7 +256,7 @@ def forward_kernel(
         o += C * H * V
         states += K * V
     if WANT_FINAL:
-        tl.store(final + bh * (K * V) + keys * V + values, state, mask=inside)
+        tl.store(final + bh * (K * V) + col * V + row, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -274,8 +298,11 @@ def states_kernel(
         tl.store(states + values * K + keys, state.to(states.dtype.element_ty), mask=inside)
         high, low = _halves(log2, LP)
         if WANT_FLAGS:
-            d = _sums(_around_middle(C, BASE), high, low, LP)
-            steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
+            if BASE == LOGC:
+                steep = tl.min(tl.sum(log2, 0), 0) < -2 * HALF_RANGE
+            else:
+                d = _sums(_around_middle(C, BASE), high, low, LP)
+                steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
             # one row of flags per piece of K: a program writes what it has seen
             tl.store(flags + (tl.program_id(2) * tl.num_programs(0) + bh) * chunks + c, steep.to(tl.int8))
         if REVERSE:
@@ -312,16 +339,34 @@ def _rows_of_chunk(
         high, low = _halves(log2, LP)
         tile_q = _load(q, q_t, first_key, left, C, K, BK).to(tl.float32) * scale
         tile_k = _load(k, k_t, first_key, left, C, K, BK).to(tl.float32)
-        d = _sums(_around_middle(C, BASE), high, low, LP)
-        a += _pair_weights(tile_q, tile_k, d, high, low, REVERSE, C, BASE, LOGC, LP, IP)
-        if not ADD:
-            values, keys, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
-            state = tl.load(states + values * K + keys, mask=inside, other=0.0).to(LP)
+        if BASE == LOGC:
+            since = _sums(_up_to(C), high, low, LP)
+            half = 0.5 * tl.sum(log2, 0)
+            tile_q *= tl.exp2(since - half[None, :])
+            tile_k *= tl.exp2(half[None, :] - since)
+            edge = tl.exp2(half)[None, :]
             if REVERSE:
-                decayed = (tile_k * tl.exp2(_sums(_after(C), high, low, LP))).to(LP)
+                a = tl.dot(tile_k.to(LP), tl.trans(tile_q.to(LP)), a, input_precision=IP)
+                decayed = tile_k * edge
             else:
-                decayed = (tile_q * tl.exp2(_sums(_up_to(C), high, low, LP))).to(LP)
-            rows = tl.dot(decayed, tl.trans(state), rows, input_precision=IP)
+                a = tl.dot(tile_q.to(LP), tl.trans(tile_k.to(LP)), a, input_precision=IP)
+                decayed = tile_q * edge
+        else:
+            d = _sums(_around_middle(C, BASE), high, low, LP)
+            a += _pair_weights(tile_q, tile_k, d, high, low, REVERSE, C, BASE, LOGC, LP, IP)
+            if REVERSE:
+                decayed = tile_k * tl.exp2(_sums(_after(C), high, low, LP))
+            else:
+                decayed = tile_q * tl.exp2(_sums(_up_to(C), high, low, LP))
+        if not ADD:
+            row, col, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
+            state = tl.load(states + row * K + col, mask=inside, other=0.0).to(LP)
+            rows = tl.dot(decayed.to(LP), tl.trans(state), rows, input_precision=IP)
+    if BASE == LOGC:
+        if REVERSE:
+            a = tl.where(_from(C), a, 0.0)
+        else:
+            a = tl.where(_up_to(C), a, 0.0)
     tile_y = _load(y, y_t, first_value, left, C, V, BV).to(LP)
     rows = tl.dot(a.to(LP), tile_y, rows, input_precision=IP)
     _store(out, out_t, first_value, left, rows, C, V, BV)
@@ -373,6 +418,67 @@ def rows_kernel(
             out + ((b * T + start) * H + h) * V, states + (bh * chunks + first) * (K * V), scale, T - first * C, first_value,
             q_t, k_t, y_t, g_t, H * V, REVERSE, ADD, K, V, BK, BV, C, BASE, LOGC, LP, IP,
         )  # fmt: skip
+
+
+@triton.jit
+def _gentle_gradients(
+    q, k, v, g, do, dq, dk, dv, dg, states, dstates, scale, left, first_key, q_t, k_t, v_t, g_t, do_t, dk_t, dv_t,
+    WITH_DV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    LP: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """What _gradients_of_chunk does, where the chunk is one block; ordered so that few tiles live at a time."""
+    log2 = _load_log2(g, g_t, first_key, left, C, K, BK)
+    half = 0.5 * tl.sum(log2, 0)
+    edge = tl.exp2(half)
+    high, low = _halves(log2, LP)
+    d = _sums(_up_to(C), high, low, LP) - half[None, :]
+    queries = (_load(q, q_t, first_key, left, C, K, BK).to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
+    keys = (_load(k, k_t, first_key, left, C, K, BK).to(tl.float32) * tl.exp2(-d)).to(LP)
+
+    pairs = tl.zeros([C, C], tl.float32)
+    tile_dq = tl.zeros([C, BK], tl.float32)
+    across = tl.zeros([BK], tl.float32)
+    for first_value in tl.static_range(0, V, BV):
+        tile_v = _load(v, v_t, first_value, left, C, V, BV).to(LP)
+        tile_do = _load(do, do_t, first_value, left, C, V, BV).to(LP)
+        row, col, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
+        state = tl.load(states + row * K + col, mask=inside, other=0.0)
+        dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
+        across += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
+        tile_dq = tl.dot(tile_do, state.to(LP), tile_dq, input_precision=IP)
+        pairs = tl.dot(tile_do, tl.trans(tile_v), pairs, input_precision=IP)
+    pairs = tl.where(_up_to(C), pairs, 0.0).to(LP)
+    tile_dq = tl.dot(pairs, keys, tile_dq * edge[None, :], input_precision=IP)
+    _store(dq, dk_t, first_key, left, tile_dq * (tl.exp2(d) * scale), C, K, BK)
+    gain = queries.to(tl.float32) * tile_dq
+
+    pairs = tl.zeros([C, C], tl.float32)
+    tile_dk = tl.zeros([C, BK], tl.float32)
+    for first_value in tl.static_range(0, V, BV):
+        if V > BV:
+            tile_v = _load(v, v_t, first_value, left, C, V, BV).to(LP)
+            tile_do = _load(do, do_t, first_value, left, C, V, BV).to(LP)
+            row, col, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
+            dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
+        tile_dk = tl.dot(tile_v, dstate.to(LP), tile_dk, input_precision=IP)
+        pairs = tl.dot(tile_v, tl.trans(tile_do), pairs, input_precision=IP)
+    pairs = tl.where(_from(C), pairs, 0.0).to(LP)
+    tile_dk *= edge[None, :]
+    total = edge * edge * across + tl.sum(keys.to(tl.float32) * tile_dk, 0)
+    tile_dk = tl.dot(pairs, queries, tile_dk, input_precision=IP)
+    _store(dk, dk_t, first_key, left, tile_dk * tl.exp2(-d), C, K, BK)
+    gain -= keys.to(tl.float32) * tile_dk
+
+    high, low = _halves(gain, LP)
+    tile_dg = _sums(_from(C), high, low, LP) + total[None, :]
+    log2 = _load_log2(g, g_t, first_key, left, C, K, BK)
+    _store(dg, dk_t, first_key, left, tl.where(log2 > LOG2_ZERO, tile_dg, 0.0), C, K, BK)
+
+    if WITH_DV:
+        tile_dv = tl.dot((keys.to(tl.float32) * edge[None, :]).to(LP), tl.trans(dstate.to(LP)), input_precision=IP)
+        a = tl.dot(keys, tl.trans(queries), input_precision=IP)
+        tile_dv = tl.dot(tl.where(_from(C), a, 0.0).to(LP), tile_do, tile_dv, input_precision=IP)
+        _store(dv, dv_t, 0, left, tile_dv, C, V, BV)
 
 
 @triton.jit
@@ -487,13 +593,22 @@ def gradients_kernel(
             return
         start = first.to(tl.int64) * C
         to_k = ((b * T + start) * H + h) * K
-        _gradients_of_chunk(
-            q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
-            v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
-            do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
-            states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), scale, T - first * C, first_key,
-            q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, BASE, LOGC, LP, IP,
-        )  # fmt: skip
+        if BASE == LOGC:
+            _gentle_gradients(
+                q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
+                v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
+                do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
+                states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), scale, T - first * C, first_key,
+                q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, LP, IP,
+            )  # fmt: skip
+        else:
+            _gradients_of_chunk(
+                q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
+                v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
+                do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
+                states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), scale, T - first * C, first_key,
+                q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, BASE, LOGC, LP, IP,
+            )  # fmt: skip
 
 
 def forward(
