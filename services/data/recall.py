@@ -48,25 +48,31 @@ class Draws:
         """`count` integers from 0 to limit − 1 (the remainder's bias, below limit / 2^64, is nothing)."""
         return (self._bits.random_raw(count) % np.uint64(limit)).astype(np.int64)
 
-    def order(self, n: int) -> Tokens:
-        """0 … n − 1 in random order."""
-        return np.argsort(self._bits.random_raw(n), kind="stable")
+    def some(self, count: int, n: int) -> Tokens:
+        """`count` of 0 … n − 1, none twice, in random order."""
+        return _smallest(count, self._bits.random_raw(n))
 
-    def weighted_order(self, weights: NDArray[np.float64]) -> Tokens:
-        """0 … n − 1 in the order of drawing without replacement by weight: exponential clocks, the fastest first."""
+    def weighted(self, count: int, weights: NDArray[np.float64]) -> Tokens:
+        """`count` places drawn without replacement by weight: exponential clocks, the fastest first."""
         uniform = ((self._bits.random_raw(len(weights)) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        return np.argsort(-np.log(uniform) / weights, kind="stable")
+        return _smallest(count, -np.log(uniform) / weights)
+
+
+def _smallest(count: int, values: NDArray[Any]) -> Tokens:
+    """Where the `count` smallest values are, in their order."""
+    among = np.argpartition(values, count - 1)[:count] if count < len(values) else np.arange(len(values))
+    return among[np.argsort(values[among])]
 
 
 def _mqar(task: Mqar, draws: Draws, seq_len: int) -> tuple[Tokens, Tokens]:
     """Keys are the first half of the vocabulary, values the second; filler is any token, the answer itself is not shown."""
     half, context = task.vocab_size // 2, 2 * task.pairs
     tokens, targets = _blank(draws.below(task.vocab_size, seq_len))
-    keys, values = draws.order(half)[: task.pairs], half + draws.order(half)[: task.pairs]
+    keys, values = draws.some(task.pairs, half), half + draws.some(task.pairs, half)
     tokens[0:context:2], tokens[1:context:2] = keys, values
     places = (seq_len - context) // 2
-    near_first = draws.weighted_order(np.arange(1, places + 1, dtype=np.float64) ** (task.power - 1.0))
-    asked, at = draws.order(task.pairs)[: task.answers], context + 2 * near_first[: task.answers]
+    place = draws.weighted(task.answers, np.arange(1, places + 1, dtype=np.float64) ** (task.power - 1.0))
+    asked, at = draws.some(task.answers, task.pairs), context + 2 * place
     tokens[at], targets[at] = keys[asked], values[asked]
     return tokens, targets
 
@@ -84,11 +90,11 @@ def _needle(task: Needle, draws: Draws, seq_len: int) -> tuple[Tokens, Tokens]:
     """Keys are the first quarter of the vocabulary, values the second, filler the other half."""
     quarter, context = task.vocab_size // 4, seq_len - task.answers
     tokens, targets = _blank(2 * quarter + draws.below(task.vocab_size - 2 * quarter, seq_len))
-    keys, values = draws.order(quarter)[: task.pairs], quarter + draws.order(quarter)[: task.pairs]
+    keys, values = draws.some(task.pairs, quarter), quarter + draws.some(task.pairs, quarter)
     # pairs that do not overlap: distinct places in a text where every pair is one token, then one further for each pair before
-    at = np.sort(draws.order(context - task.pairs)[: task.pairs]) + np.arange(task.pairs)
+    at = np.sort(draws.some(task.pairs, context - task.pairs)) + np.arange(task.pairs)
     tokens[at], tokens[at + 1] = keys, values
-    asked = draws.order(task.pairs)[: task.answers]
+    asked = draws.some(task.answers, task.pairs)
     tokens[context:], targets[context:] = keys[asked], values[asked]
     return tokens, targets
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from decay_core.model import state_size
 from services.export.finished import Finished
 from services.study.published import errata_of, published_rows
 
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 batch = tokenizer(["The state of"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=20)))
 """
@@ -69,15 +70,19 @@ def _loading(trial: Finished) -> str:
 
 def _measured(trial: Finished) -> str:
     result = trial.result
-    values = result.model_dump()
+    shares = ((label, getattr(result, key)) for key, label in ACCURACIES.items())
     rows = [
         ("held-out loss", f"{result.held_out_loss:.4f} nats per token"),
         ("loss of a model that knows token frequencies alone", f"{result.unigram_entropy:.4f} nats per token"),
         ("training loss, last 100 steps", f"{result.train_loss_last_100:.4f} nats per token"),
-        *((label, f"{values[key]:.1%}") for key, label in ACCURACIES.items() if values.get(key) is not None),
+        *((label, f"{share:.1%}") for label, share in shares if share is not None),
         ("parameters", f"{result.parameters:,}"),
         ("trained on", f"{result.tokens:,} tokens in {result.steps:,} steps"),
         ("vocabulary", f"{result.vocab_size:,} entries, padded to {trial.config.padded_vocab:,}"),
+        (
+            "state",
+            f"{state_size(trial.config, trial.trial.recipe.seq_len):,} numbers for a sequence of a training window's length",
+        ),
         ("seed", str(result.seed)),
     ]
     return f"## What was measured\n\n{_table(('', ''), rows)}"

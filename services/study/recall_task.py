@@ -99,7 +99,7 @@ class Induction(Task):
     """Random tokens, in them a marker and a token; the sequence ends in the marker again, and the token is the answer."""
 
     name = "induction"
-    about = "induction: the token that followed a marker is the answer when the marker comes again at the end"
+    about = "the token that followed a marker is the answer when the marker comes again at the end"
 
     @property
     def answers(self) -> int:
@@ -118,7 +118,7 @@ class Needle(_Pairs):
     """Key-value pairs at random depths of a long filler; the sequence ends in the keys that are asked for."""
 
     name = "needle"
-    about = "needle: key-value pairs at any depth of random filler, asked for at the end"
+    about = "key-value pairs at any depth of random filler, asked for at the end"
 
     pairs: Count = 1
 

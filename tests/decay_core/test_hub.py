@@ -1,5 +1,6 @@
 """With this project at hand, transformers' Auto classes know the model after `register()`, and build what we build."""
 
+import re
 import subprocess
 import sys
 
@@ -71,3 +72,10 @@ def test_the_rest_of_the_project_needs_no_transformers():
         "assert 'modeling_decay.py' in modelling_code(DesignPoint(decay='gla'))"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_page_s_example_builds_a_model_beside_this_project(root):
+    _, example = re.findall(r"^```python\n(.*?)^```$", (root / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert isinstance(names["model"], DecayForCausalLM) and names["model"].config.seed == 42

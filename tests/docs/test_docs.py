@@ -51,7 +51,7 @@ def written_commands(page: Path) -> list[str]:
 
 # Names of commands in running text, without the arguments they need.
 BARE = {
-    f"decay {name}" for name in ("plan", "diff", "run", "resume", "status", "report", "submit", "clean")
+    f"decay {name}" for name in ("plan", "diff", "run", "resume", "status", "report", "submit", "clean", "export")
 } | {"ray job submit", "ray job stop", "ray start", "mlflow server"}  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 from services.data import sources
 from services.data.shards import document_sum, is_held_out
 from services.data.sources import SourceError
+from services.data.token_cache import DataSpec, prepare
 
 TEXTS = [f"Document {number}\nλ and 'quotes', a comma" for number in range(20)]
 
@@ -35,6 +36,19 @@ def test_parquet_jsonl_and_text_folders_keep_the_order(tmp_path: Path, write_jso
     for number, text in enumerate(TEXTS):
         (tmp_path / "t" / f"{number:02d}.txt").write_text(text, encoding="utf-8")
     assert read(tmp_path / "t") == TEXTS
+
+
+def test_a_data_sets_own_splits_and_other_columns_are_one_corpus_of_the_named_column(tmp_path: Path) -> None:
+    for name, texts in (("train-00000", TEXTS[:12]), ("validation-00000", TEXTS[12:])):
+        rows = {"license": ["MIT"] * len(texts), "content": texts, "lang": ["fi"] * len(texts)}
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        pq.write_table(pa.table(rows), tmp_path / "corpus" / f"{name}.parquet")
+    assert read(tmp_path / "corpus", "content") == TEXTS
+    for tokenizer, entries in (("gpt2", 50_257), ("bpe-270", 270)):
+        spec = DataSpec(source=str(tmp_path / "corpus"), text_field="content", tokenizer=tokenizer, held_out_percent=30.0)
+        cache = prepare(spec, tmp_path, progress=False)
+        assert cache.manifest["train"]["documents"] + cache.manifest["held_out"]["documents"] == len(TEXTS)
+        assert cache.vocab_size == entries and cache.tokenizer().decode(cache.train.window(0, 8).tolist())
 
 
 def test_one_file_and_compressed_files_are_read(tmp_path: Path) -> None:

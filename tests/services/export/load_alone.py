@@ -5,7 +5,10 @@
 Every folder below FOLDER is an export; RESULTS becomes a torch file {name of the export: {what: tensor or value}}.
 """
 
+import contextlib
 import importlib.abc
+import io
+import re
 import sys
 from pathlib import Path
 
@@ -98,7 +101,7 @@ def computed(folder, scratch):
 
 def tokenized(folder):
     """What the tokenizer makes of texts, and the model of a batch of them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
     written = loaded(folder).generate(**batch, max_new_tokens=NEW, do_sample=False)
     return {
@@ -109,6 +112,15 @@ def tokenized(folder):
         "written": tokenizer.batch_decode(written),
         "special": (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side),
     }
+
+
+def card_example(folder):
+    """What the card's own example prints, run in the folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()
 
 
 def main():
@@ -125,6 +137,7 @@ def main():
         found[export.name] = computed(export, results.parent / "again" / export.name)
         if (export / "tokenizer.json").exists():
             found[export.name]["tokenizer"] = tokenized(export)
+            found[export.name]["card_example"] = card_example(export)
     found["modules"] = sorted({name.split(".")[0] for name in sys.modules})
     torch.save(found, results)
 

@@ -18,7 +18,7 @@ from services.study.published import published_loss
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
     path = write_study(tmp_path_factory.mktemp("card"))
-    plan, made, _ = finish(path)
+    _, made, _ = finish(path)
     with finished(read_study(path), made.name) as found:
         yield found
 

@@ -33,7 +33,14 @@ class Made:
         self.folder, self.target = home / "runs" / "made" / "trials" / self.trial.id, home / "out" / "model"
 
     def export(self, *words, trial=None, to=None):
-        command = ["export", str(self.file), self.trial.name if trial is None else trial, "--to", str(to or self.target), *words]
+        command = [
+            "export",
+            str(self.file),
+            self.trial.name if trial is None else trial,
+            "--to",
+            str(to or self.target),
+            *words,
+        ]
         return CliRunner().invoke(app, command)
 
     def refusal(self, *words, **options):
@@ -104,7 +111,9 @@ def test_a_refusal_is_one_line_and_exit_code_2(made, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "decay: study 'made' has no trial 'nothing-like-it'; decay status lists the names and ids\n"
+    assert (
+        capsys.readouterr().err == "decay: study 'made' has no trial 'nothing-like-it'; decay status lists the names and ids\n"
+    )
 
 
 def test_a_word_that_stands_for_several_trials_is_refused(made):

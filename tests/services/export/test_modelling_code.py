@@ -123,6 +123,7 @@ def test_the_generated_file_knows_the_variants_of_the_point_alone():
     [
         ("import decay_core.layers\n", "write `from ... import ...`"),
         ("from decay_core import layers\n", "import names out of that module instead"),
+        ("from decay_core.decays import get\n", "import the package from decay_core"),
     ],
 )
 def test_an_import_that_no_export_could_have_is_refused(monkeypatch, source, words):

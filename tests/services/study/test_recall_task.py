@@ -21,9 +21,9 @@ def study_on(data: dict[str, Any], **recipe: Any) -> Study:
 def test_the_vocabulary_is_the_tasks_and_its_keys_are_part_of_a_trials_id():
     plan, other = make_plan(study_on(RECALL)), make_plan(study_on({"source": "mqar", "recall": {"vocab_size": 64, "pairs": 5}}))
     assert {trial.config.vocab_size for trial in plan.trials} == {64}
-    assert plan.trials[0].content["data"]["recall"] == {
+    assert plan.trials[0].content["data"] == {"source": "mqar", "recall": {
         "vocab_size": 64, "train_examples": 100_000, "held_out_examples": 1000, "pairs": 4, "queries": None, "power": 0.01,
-    }  # fmt: skip
+    }}  # fmt: skip
     assert not {trial.id for trial in plan.trials} & {trial.id for trial in other.trials}
 
 
