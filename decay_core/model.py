@@ -87,6 +87,9 @@ class ModelConfig:
             return Objection("size", text)
         if self.point.granularity == "paired" and self.head_dim % 2:
             return Objection("size", f"a head of {self.head_dim} channels has no pairs")
+        if self.head_dim % (multiple := positions.get(self.point.position).head_multiple):
+            text = f"{self.point.position} needs heads of a multiple of {multiple} channels, not of {self.head_dim}"
+            return Objection("size", text)
         return decays.get(self.point.decay).place_refusal(self.places()[-1])
 
     def to_dict(self) -> dict[str, Any]:

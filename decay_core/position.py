@@ -8,7 +8,7 @@ Source: paper appendix A.3.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ Angles = tuple[Tensor, Tensor]
 
 class Position:
     """One position encoding for heads of width `head_dim`."""
+
+    head_multiple: ClassVar[int] = 1  # what the width of a head must be a multiple of
 
     def __init__(self, head_dim: int, form: Form) -> None:
         self.head_dim = head_dim

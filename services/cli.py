@@ -31,7 +31,7 @@ def plan(
     study_file: StudyFile,
     storage: StorageOption = None,
     gpu: Annotated[str | None, typer.Option(help="accelerator to plan for, such as H100 or A100-80GB")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="price of one GPU (or worker) for an hour")] = None,
+    price: Annotated[float | None, typer.Option(help="price of one GPU (or worker) for an hour")] = None,
     mfu: Annotated[float | None, typer.Option(help="share of the GPU's peak to assume where nothing is measured")] = None,
     form: Annotated[str, typer.Option("--format", help="table, csv or json: one row per cell, refused ones too")] = "table",
 ) -> None:

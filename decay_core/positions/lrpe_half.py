@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class LrpeHalf(Lrpe):
     """LRPE of which half the dims turn."""
 
+    head_multiple = 2
+
     @classmethod
     def refusal(cls, point: DesignPoint) -> Objection | None:
         if point.form == "as_run":

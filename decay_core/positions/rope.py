@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Rope(Position):
     """Rotation of all pairs, or the wider half-rotation of the authors' runs."""
 
+    head_multiple = 2
+
     def __init__(self, head_dim: int, form: Form) -> None:
         super().__init__(head_dim, form)
         self._as_run = LrpeHalf(head_dim, form) if form == "as_run" else None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class RopeHalf(Position):
     """Rotation of the first half of the pairs."""
 
+    head_multiple = 4
+
     @classmethod
     def refusal(cls, point: DesignPoint) -> Objection | None:
         return breaks_shift_invariance(point)

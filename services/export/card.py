@@ -102,7 +102,7 @@ def _decay(trial: Finished) -> str:
 
 
 def _published(trial: Finished) -> str:
-    rows = [row for row in published_rows(trial.config.point, trial.config.size.name) if row.loss is not None]
+    rows = [row for row in published_rows(trial.config.point, trial.config.size) if row.loss is not None]
     title = "## Published"
     if not rows:
         return f"{title}\n\nThe paper (arXiv 2509.05282) prints no result for this point at this size."

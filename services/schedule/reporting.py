@@ -72,7 +72,7 @@ def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResu
         raw = storage.read(f"trials/{trial.id}/result.json")
         if raw is not None:
             result = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json")
-            printed = published_loss(trial.point, trial.size)
+            printed = published_loss(trial.point, trial.config.size)
             found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id), "published_loss": printed}))
     return found
 

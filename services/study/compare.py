@@ -22,6 +22,7 @@ from services.study.storage import Storage
 Values = dict[str, Any]
 BITS = ("workers", "gpus_per_worker", "threads_per_worker", "zero_stage", "micro_batch_size", "deterministic")
 CODE = "code of the mechanism"
+WIDTH = "GLU width"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +70,27 @@ def _trial_side(said: str, storage: Storage, manifest: Manifest, trial: str) -> 
     study = filled(manifest.study)
     parts = _shared_parts(study)
     parts["data"]["digest"] = manifest.data["digest"]
-    result = _results(storage, manifest).get(manifest.trials[trial])
+    result, planned = _results(storage, manifest).get(manifest.trials[trial]), _planned(study, trial)
     if result is not None:
         point, size, seed, varied = result.point, result.size, result.seed, result.varied
         parts[CODE] = dict(result.mechanism)
-    else:
-        planned = _planned(study, trial, said)
+    elif planned is not None:
         point, size, seed, varied = planned.point.to_dict(), planned.size, planned.seed, planned.varied
+    else:
+        raise StudyError(
+            f"{said} has no result, and this release does not plan it; run it, or compare a trial that has finished"
+        )
     parts["design"] = _with_defaults(point) | {"size": size, "seed": seed}
+    if planned is not None:
+        parts["design"][WIDTH] = planned.config.size.glu_dim  # `match` sets it, and neither point nor size says so
     parts["recipe"] |= varied
     return Side(kind="trial", parts=parts, trials={"": trial}, results={} if result is None else {"": result})
 
 
-def _planned(study: Values, trial: str, said: str) -> Trial:
-    """A trial that has no result yet, as today's code plans it."""
+def _planned(study: Values, trial: str) -> Trial | None:
+    """A trial as today's code plans it; None where it plans no such trial."""
     plan = _plan(study)
-    for one in plan.trials if plan else ():
-        if one.id == trial:
-            return one
-    raise StudyError(f"{said} has no result, and this release does not plan it; run it, or compare a trial that has finished")
+    return next((one for one in plan.trials if one.id == trial), None) if plan else None
 
 
 def _with_defaults(point: Mapping[str, Any]) -> Values:

@@ -190,6 +190,13 @@ RecipeFields = create_model(
 
 
 class _GivenKeys(_Strict):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        if values is None:
+            raise ValueError("has no values; list some or leave the key out")
+        return values
+
     @model_serializer(mode="wrap")
     def _without_the_others(self, keys: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in keys(self).items() if value is not None}
@@ -382,8 +389,8 @@ def _place(location: tuple[int | str, ...], raw: Any) -> list[str]:
     """The parts of pydantic's location that the file itself has; the rest names types."""
     place: list[str] = []
     for part in location:
-        inside = part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int)
-        if inside:
+        is_item = isinstance(raw, list) and isinstance(part, int) and part < len(raw)  # a pair that is too short lacks one
+        if is_item or (isinstance(raw, dict) and part in raw):
             raw = raw[part]
             place.append(str(part))
     return place

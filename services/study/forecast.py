@@ -6,6 +6,7 @@ study cannot be refused because another one ran slowly; a budget that measured r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,8 @@ def asked_for(gpu: str | None, price: float | None, mfu: float | None) -> Asked:
     """The command line's words checked. Raises StudyError."""
     if mfu is not None and not 0 < mfu <= 1:
         raise StudyError(f"--mfu is a share of the peak, above 0 and at most 1, given {mfu:g}")
+    if price is not None and not 0 <= price < math.inf:
+        raise StudyError(f"--price is money for an hour, 0 or more, given {price:g}")
     if mfu is not None and gpu is None:
         raise StudyError("--mfu is a share of a GPU's peak; name it with --gpu")
     return Asked(gpu=None if gpu is None else get_accelerator(gpu), price=price, mfu=mfu)

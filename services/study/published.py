@@ -19,6 +19,7 @@ import yaml
 
 from decay_core import decays
 from decay_core.design import GRANULARITIES, DesignPoint
+from decay_core.sizes import SIZES, Size
 
 FOLDER = Path(__file__).parents[2] / "tune_spaces" / "paper"
 AXES = ("size", "group", "method", "granularity", "share", "pos", "p")  # the paper's own words for a run
@@ -84,17 +85,18 @@ def runs() -> tuple[Row, ...]:
     return tuple(first.values())
 
 
-def published_rows(point: DesignPoint, size: str) -> tuple[Row, ...]:
+def published_rows(point: DesignPoint, size: Size) -> tuple[Row, ...]:
     """The rows that print a result of `point` at `size`, in either form; none where the paper has no such run.
 
-    A point with a write or a head width of its own is another model than the paper's, and links to nothing.
+    A point with a write or a head width of its own, or with a GLU that `match` gave another width, is another model than the
+    paper's, and links to nothing.
     """
-    if point.write is not None or point.head_dim is not None:
+    if point.write is not None or point.head_dim is not None or size != SIZES.get(size.name):
         return ()
-    return _by_run().get((size, replace(point, form="as_published").name), ())
+    return _by_run().get((size.name, replace(point, form="as_published").name), ())
 
 
-def published_loss(point: DesignPoint, size: str) -> float | None:
+def published_loss(point: DesignPoint, size: Size) -> float | None:
     """The loss printed for `point` at `size`, in the first table that prints one."""
     return next((row.loss for row in published_rows(point, size) if row.loss is not None), None)
 

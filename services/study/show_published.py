@@ -16,7 +16,7 @@ class Published:
     """The rows that a plan's trials link to. False where there is none: then nothing is to be shown."""
 
     def __init__(self, trials: Iterable[Trial]) -> None:
-        self._rows = {trial.id: published_rows(trial.point, trial.size) for trial in trials}
+        self._rows = {trial.id: published_rows(trial.point, trial.config.size) for trial in trials}
         linked = [row for rows in self._rows.values() for row in rows]
         self._numbered = [one for one in errata() if one.where and any(map(one.concerns, linked))]
 

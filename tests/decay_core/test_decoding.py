@@ -103,6 +103,24 @@ def test_gradients_of_every_parameter_pass_gradcheck(point):
     [
         ({"decay": "gla", "head_dim": 5}, "head_dim 5 does not divide the width 12", "size", "gla-vector"),
         ({"decay": "gla", "granularity": "paired", "head_dim": 3}, "no pairs", "size", "gla-paired"),
+        (
+            {"decay": "gla", "granularity": "scalar", "position": "rope", "head_dim": 3},
+            "multiple of 2 channels, not of 3",
+            "size",
+            "gla-scalar-rope",
+        ),
+        (
+            {"decay": "gla", "granularity": "scalar", "position": "lrpe_half", "head_dim": 1},
+            "multiple of 2",
+            "size",
+            "gla-scalar-lrpe_half",
+        ),
+        (
+            {"decay": "gla", "granularity": "scalar", "position": "rope_half", "head_dim": 2},
+            "multiple of 4",
+            "size",
+            "gla-scalar-rope_half",
+        ),
     ],
 )
 def test_points_that_do_not_go_with_the_size_are_refused_with_the_nearest_one(axes, reason, kind, nearest):

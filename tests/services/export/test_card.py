@@ -31,7 +31,7 @@ def paper_config(**axes):
 def test_the_published_loss_of_the_same_point_and_size_is_named_with_its_errata(trial, form):
     config = paper_config(form=form)
     card = model_card(dataclasses.replace(trial, config=config))
-    assert f"| 6 | {published_loss(config.point, '160M')} | " in card
+    assert f"| 6 | {published_loss(config.point, config.size)} | " in card
     assert "repeated-baseline-small" in card and "prints no result" not in card
 
 

@@ -41,7 +41,7 @@ def test_every_row_links_to_the_point_it_names():
     for row in rows():
         assert row.point.name == row.columns["point"]
         row.point.check()
-        assert row in published_rows(row.point, row.size)
+        assert row in published_rows(row.point, get_size(row.size))
 
 
 def test_averages_are_those_of_their_columns_as_far_as_rounding_goes():
@@ -53,18 +53,23 @@ def test_averages_are_those_of_their_columns_as_far_as_rounding_goes():
 
 def test_both_forms_of_a_point_link_to_its_row_and_other_models_link_to_nothing():
     as_run = DesignPoint(decay="sigmoid", granularity="vector", transition="delta", form="as_run")
-    assert published_loss(as_run, "160M") == published_loss(replace(as_run, form="as_published"), "160M") == 2.937
+    assert (
+        published_loss(as_run, get_size("160M"))
+        == published_loss(replace(as_run, form="as_published"), get_size("160M"))
+        == 2.937
+    )
     llama = DesignPoint(decay="none", granularity="scalar", position="rope", transition="softmax")
-    assert published_loss(llama, "410M") == 2.72
+    assert published_loss(llama, get_size("410M")) == 2.72
     unlike = [replace(as_run, write="beta"), replace(as_run, head_dim=128), replace(llama, position="rope_half")]
     for other in (*unlike, DesignPoint(decay="retnet", granularity="scalar"), DesignPoint(decay="mamba2", position="lrpe")):
-        assert published_rows(other, "160M") == ()
-    assert published_rows(as_run, "nano") == ()
+        assert published_rows(other, get_size("160M")) == ()
+    assert published_rows(as_run, get_size("nano")) == ()
+    assert published_rows(llama, replace(get_size("160M"), glu_dim=2088)) == (), "match: parameters changed the model"
 
 
 def test_a_repeated_row_links_twice_and_a_run_without_a_row_has_no_loss():
-    assert [row.loss for row in published_rows(DesignPoint(decay="mamba2"), "1.45B")] == [2.513, 2.514]
-    assert published_loss(DesignPoint(decay="tnl", granularity="scalar", position="tpe"), "160M") is None
+    assert [row.loss for row in published_rows(DesignPoint(decay="mamba2"), get_size("1.45B"))] == [2.513, 2.514]
+    assert published_loss(DesignPoint(decay="tnl", granularity="scalar", position="tpe"), get_size("160M")) is None
 
 
 @pytest.mark.parametrize("erratum", errata(), ids=lambda erratum: erratum.id)
@@ -85,7 +90,7 @@ def test_errata_have_different_names():
 
 def test_the_copied_row_is_the_160m_rows_evaluations_and_nothing_else():
     concerned = [row for row in rows() if any(erratum.kind == "misprint" for erratum in errata_of(row))]
-    small = published_rows(concerned[0].point, "160M")
+    small = published_rows(concerned[0].point, get_size("160M"))
     assert [row.size for row in concerned] == ["410M"]
     assert [concerned[0].columns[c] for c in EVALUATIONS] == [small[0].columns[c] for c in EVALUATIONS]
     evaluated = Counter(tuple(row.columns[c] for c in EVALUATIONS) for row in runs() if row.loss is not None)

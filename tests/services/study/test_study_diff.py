@@ -151,6 +151,16 @@ def test_a_varied_recipe_is_part_of_a_trial(run):
     assert changed(f"{folder}:{one.name}", f"{folder}:{other.name}") == {("recipe", "lr"): ("0.001", "0.002")}
 
 
+def test_a_trial_whose_width_was_matched_differs_from_the_plain_one_finished_or_not(run):
+    points = [{"decay": "mamba2", "granularity": ["vector", "scalar"]}]
+    space = {"space": points, "sizes": ["160M"], "data": {"tokenizer": "gpt2"}}
+    for results in (None, {}):
+        a, _ = run(f"plain{results}", results, **space)
+        b, _ = run(f"matched{results}", results, **space, match="parameters")
+        name = "mamba2-scalar-160M-s1"
+        assert changed(f"{a}:{name}", f"{b}:{name}") == {("design", "GLU width"): ("2,048", "2,088")}
+
+
 def test_a_manifest_without_keys_that_came_since_is_the_same_study(run):
     (a, _), (b, _) = run("a", {}), run("b", {})
     storage = Storage(b)

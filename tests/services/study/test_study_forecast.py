@@ -188,6 +188,8 @@ def test_a_trial_that_does_not_fit_is_named_with_the_smallest_remedy(stored, con
     "words, said",
     [
         (["--gpu", "H1000"], "unknown --gpu 'H1000' (did you mean H100?); known: V100-16GB"),
+        (["--price", "inf"], "--price is money for an hour, 0 or more, given inf"),
+        (["--price=-1"], "--price is money for an hour, 0 or more, given -1"),
         (["--mfu", "0.3"], "--mfu is a share of a GPU's peak; name it with --gpu"),
         (["--gpu", "H100", "--mfu", "30"], "--mfu is a share of the peak, above 0 and at most 1, given 30"),
         (["--format", "xml"], "unknown --format 'xml'; known: table, csv, json"),
