@@ -55,6 +55,7 @@ class Launch:
     stages: int
     block_k: int = 64
     block_v: int = 64
+    registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,17 +152,24 @@ def _running(log2_decay, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _between(whole, fraction, rows, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr):
-    """Entry (i, j) is the product of λ over the tokens after j up to i, 0 for j > i; with TRANSPOSED, entry (j, i)."""
+def _between(whole, fraction, rows, log2_scale, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr):
+    """Entry (i, j) is scale times λ's product over the tokens after j up to i, 0 for j > i; TRANSPOSED: entry (j, i)."""
+    # The scale goes in as a summand of the later token's exponent: a vector is added to, no tile is multiplied.
+    if SPLIT:
+        fraction_late = fraction + log2_scale
+        if TRANSPOSED:
+            power = (whole[None, :] - whole[:, None]) + (fraction_late[None, :] - fraction[:, None])
+        else:
+            power = (whole[:, None] - whole[None, :]) + (fraction_late[:, None] - fraction[None, :])
+    else:
+        late = whole + log2_scale
+        if TRANSPOSED:
+            power = late[None, :] - whole[:, None]
+        else:
+            power = late[:, None] - whole[None, :]
     if TRANSPOSED:
-        power = whole[None, :] - whole[:, None]
-        if SPLIT:
-            power += fraction[None, :] - fraction[:, None]
         kept = rows[None, :] >= rows[:, None]
     else:
-        power = whole[:, None] - whole[None, :]
-        if SPLIT:
-            power += fraction[:, None] - fraction[None, :]
         kept = rows[:, None] >= rows[None, :]
     return tl.exp2(tl.where(kept, power, float("-inf")))
 
@@ -172,7 +180,23 @@ def _suffix_sum(x):
     return tl.sum(x, 0) - tl.cumsum(x, 0) + x
 
 
-_RUNTIME = ["scale", "tokens", "batches", "heads", "segments", "length"]
+@triton.jit
+def _inside(pairs_t, rows):
+    """What the pairs (j, i) inside a chunk give to the suffix sum that is dlog λ; i = j gives nothing and is left out."""
+    pairs_t = tl.where(rows[None, :] > rows[:, None], pairs_t, 0.0)
+    return tl.sum(pairs_t, 0) - tl.sum(pairs_t, 1)
+
+
+@triton.jit
+def _above_rounding(d_decay, log2_decay, SPLIT: tl.constexpr):
+    """Where the terms i = j were subtracted and λ is below fp32's resolution, what is left is rounding: made 0."""
+    if SPLIT:
+        return d_decay
+    else:
+        return tl.where(log2_decay > -24.0, d_decay, 0.0)
+
+
+_RUNTIME = ["log2_scale", "tokens", "batches", "heads", "segments", "length"]
 _STRIDES = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "g", "d") for axis in ("b", "t", "h")]
 
 
@@ -180,7 +204,7 @@ _STRIDES = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "g", "d") for axis 
 @triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
 def _forward_kernel(
     q, k, v, g, initial, o, final, saved,
-    scale, tokens, batches, heads, segments, length,
+    log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -218,10 +242,11 @@ def _forward_kernel(
         if saved is not None:
             _put_state(saved_base, ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
             saved_base += K * V
-        scores = tl.dot(qc, tl.trans(kc), input_precision=PRECISION) * _between(whole, fraction, rows, False, SPLIT)
-        out = tl.dot(qc, rounded, input_precision=PRECISION) * tl.exp2(whole + fraction)[:, None]
+        from_start = tl.exp2(whole + fraction + log2_scale)
+        scores = tl.dot(qc, tl.trans(kc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
+        out = tl.dot(qc, rounded, input_precision=PRECISION) * from_start[:, None]
         out = tl.dot(scores.to(LP), vc, out, input_precision=PRECISION)
-        _put(o_base, o_offsets, rows, cv, left, out * scale, V, BLOCK_V)
+        _put(o_base, o_offsets, rows, cv, left, out, V, BLOCK_V)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         v_decayed = (vc * to_end[:, None]).to(LP)
         state = tl.dot(tl.trans(kc), v_decayed, state * tl.exp2(whole_total + fraction_total), input_precision=PRECISION)
@@ -238,7 +263,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
 def _backward_kernel(
     q, k, v, g, d, saved, d_final, dq, dk, dv, dg, d_initial,
-    scale, tokens, batches, heads, segments, length,
+    log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -279,35 +304,43 @@ def _backward_kernel(
         vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         dc = _tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
         state = _get_state(saved_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
-        whole, fraction, whole_total, fraction_total = _running(_log2_decays(g_base, rows * g_t, rows, left), SPLIT)
-        from_start = tl.exp2(whole + fraction) * scale
+        log2_decay = _log2_decays(g_base, rows * g_t, rows, left)
+        whole, fraction, whole_total, fraction_total = _running(log2_decay, SPLIT)
+        from_start = tl.exp2(whole + fraction + log2_scale)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         total = tl.exp2(whole_total + fraction_total)
         d_rounded = d_state.to(LP)
 
-        weight_t = _between(whole, fraction, rows, True, SPLIT) * scale
-        scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION) * weight_t
+        scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
         values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
-        pairs_t = tl.where(rows[None, :] > rows[:, None], scores_t * values_t, 0.0)
-        d_decay = tl.sum(pairs_t, 0) - tl.sum(pairs_t, 1)
+        weight_t = _between(whole, fraction, rows, log2_scale, True, SPLIT)
+        scores_t *= weight_t
+        if SPLIT:
+            inside = _inside(scores_t * values_t, rows)
+        scores_t, values_t = scores_t.to(LP), (values_t * weight_t).to(LP)
 
         dv_c = tl.dot(kc, d_rounded, input_precision=PRECISION) * to_end[:, None]
-        dv_c = tl.dot(scores_t.to(LP), dc, dv_c, input_precision=PRECISION)
+        dv_c = tl.dot(scores_t, dc, dv_c, input_precision=PRECISION)
         _put(dv_base, dv_offsets, rows, cv, left, dv_c, V, BLOCK_V)
 
         dk_c = tl.dot(vc, tl.trans(d_rounded), input_precision=PRECISION) * to_end[:, None]
         leaving = tl.sum(dk_c * kc, 1)
-        dk_c = tl.dot((values_t * weight_t).to(LP), qc, dk_c, input_precision=PRECISION)
+        dk_c = tl.dot(values_t, qc, dk_c, input_precision=PRECISION)
+        if not SPLIT:
+            k_dk = tl.sum(dk_c * kc, 1)
         _put(dk_base, dk_offsets, rows, ck, left, dk_c, K, BLOCK_K)
 
-        values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * (_between(whole, fraction, rows, False, SPLIT) * scale)
+        values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
         dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
-        arriving = tl.sum(dq_c * qc, 1)
+        if SPLIT:
+            inside += tl.sum(dq_c * qc, 1) - leaving
         dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
+        if not SPLIT:
+            inside = tl.sum(dq_c * qc, 1) - k_dk
         _put(dq_base, dk_offsets, rows, ck, left, dq_c, K, BLOCK_K)
 
         around = total * tl.sum(tl.sum(state * d_state, 1), 0)
-        d_decay = _suffix_sum(d_decay + arriving - leaving) + (around + tl.sum(leaving, 0))
+        d_decay = _above_rounding(_suffix_sum(inside) + (around + tl.sum(leaving, 0)), log2_decay, SPLIT)
         tl.store(dg_base + rows * heads, d_decay, mask=rows < left)
 
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
@@ -329,7 +362,7 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
 def _dq_kernel(
     q, k, v, g, d, initial, dq, dg, checkpoints,
-    scale, tokens, batches, heads, segments, length,
+    log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -372,11 +405,14 @@ def _dq_kernel(
         if c % EVERY == 0:
             _put_state(checkpoint_base, ck, cv, state, K, V, BLOCK_K, BLOCK_V)
             checkpoint_base += K * V
-        values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, False, SPLIT)
-        dq_c = tl.dot(dc, tl.trans(rounded), input_precision=PRECISION) * tl.exp2(whole + fraction)[:, None]
-        arriving = tl.sum(dq_c * qc, 1) * scale
+        values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
+        dq_c = tl.dot(dc, tl.trans(rounded), input_precision=PRECISION) * tl.exp2(whole + fraction + log2_scale)[:, None]
+        if SPLIT:
+            arriving = tl.sum(dq_c * qc, 1)
         dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
-        _put(dq_base, dq_offsets, rows, ck, left, dq_c * scale, K, BLOCK_K)
+        if not SPLIT:
+            arriving = tl.sum(dq_c * qc, 1)
+        _put(dq_base, dq_offsets, rows, ck, left, dq_c, K, BLOCK_K)
         tl.store(dg_base + rows * heads, _suffix_sum(arriving), mask=rows < left)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         v_decayed = (vc * to_end[:, None]).to(LP)
@@ -394,7 +430,7 @@ def _dq_kernel(
 @triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
 def _dkv_kernel(
     q, k, v, g, d, checkpoints, d_final, dk, dv, dg, d_initial,
-    scale, tokens, batches, heads, segments, length,
+    log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -440,28 +476,36 @@ def _dkv_kernel(
         vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         dc = _tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
         arriving = tl.load(dg_base + rows * heads, mask=rows < left, other=0.0)
-        whole, fraction, whole_total, fraction_total = _running(_log2_decays(g_base, rows * g_t, rows, left), SPLIT)
-        from_start = tl.exp2(whole + fraction) * scale
+        log2_decay = _log2_decays(g_base, rows * g_t, rows, left)
+        whole, fraction, whole_total, fraction_total = _running(log2_decay, SPLIT)
+        from_start = tl.exp2(whole + fraction + log2_scale)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         d_rounded = d_state.to(LP)
 
-        weight_t = _between(whole, fraction, rows, True, SPLIT) * scale
-        scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION) * weight_t
+        scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
         values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
-        pairs_t = tl.where(rows[None, :] > rows[:, None], scores_t * values_t, 0.0)
-        d_decay = tl.sum(pairs_t, 0) - tl.sum(pairs_t, 1)
+        weight_t = _between(whole, fraction, rows, log2_scale, True, SPLIT)
+        scores_t *= weight_t
+        if SPLIT:
+            inside = _inside(scores_t * values_t, rows)
+        scores_t, values_t = scores_t.to(LP), (values_t * weight_t).to(LP)
 
         dv_c = tl.dot(kc, d_rounded, input_precision=PRECISION) * to_end[:, None]
-        dv_c = tl.dot(scores_t.to(LP), dc, dv_c, input_precision=PRECISION)
+        dv_c = tl.dot(scores_t, dc, dv_c, input_precision=PRECISION)
         _put(dv_base, dv_offsets, rows, cv, left, dv_c, V, BLOCK_V)
 
         dk_c = tl.dot(vc, tl.trans(d_rounded), input_precision=PRECISION) * to_end[:, None]
-        leaving = tl.sum(dk_c * kc, 1)
-        dk_c = tl.dot((values_t * weight_t).to(LP), qc, dk_c, input_precision=PRECISION)
+        if SPLIT:
+            leaving = tl.sum(dk_c * kc, 1)
+            inside -= leaving
+        dk_c = tl.dot(values_t, qc, dk_c, input_precision=PRECISION)
+        if not SPLIT:
+            leaving = tl.sum(dk_c * kc, 1)
+            inside = -leaving
         _put(dk_base, dk_offsets, rows, ck, left, dk_c, K, BLOCK_K)
 
-        d_decay = _suffix_sum(d_decay - leaving) + passing
-        tl.store(dg_base + rows * heads, arriving + d_decay, mask=rows < left)
+        d_decay = _above_rounding(arriving + _suffix_sum(inside) + passing, log2_decay, SPLIT)
+        tl.store(dg_base + rows * heads, d_decay, mask=rows < left)
         total = tl.exp2(whole_total + fraction_total)
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
         if (chunks - 1 - c) % EVERY == 0:
@@ -486,7 +530,7 @@ def _dkv_kernel(
 @triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
 def _segment_kernel(
     k, v, g, added, totals,
-    scale, tokens, batches, heads, segments, length,
+    log2_scale, tokens, batches, heads, segments, length,
     k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -517,7 +561,7 @@ def _segment_kernel(
         vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         whole, fraction, whole_total, fraction_total = _running(_log2_decays(g_base, rows * g_t, rows, left), SPLIT)
         if REVERSE:
-            weight = tl.exp2(whole + fraction) * scale
+            weight = tl.exp2(whole + fraction + log2_scale)
         else:
             weight = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         total = whole_total + fraction_total
@@ -655,17 +699,19 @@ class _Walk:
     shape: tuple[int, int, int, int]
     value_dim: int
     dtype: torch.dtype
-    scale: float
+    log2_scale: float
     segments: int
     length: int
 
     @classmethod
     def of(cls, launch: Launch, q_bthk: Tensor, v_bthv: Tensor, scale: float) -> _Walk:
+        if not scale > 0:
+            raise ValueError(f"scale={scale}: it must be positive, since its logarithm is added to those of the decays")
         batch, tokens, heads, _ = q_bthk.shape
         segments, length = _segments(batch * heads, tokens)
         shape = tuple(q_bthk.shape)
         dims = {"shape": shape, "value_dim": v_bthv.shape[-1], "segments": segments, "length": length}
-        return cls(launch=launch, dtype=q_bthk.dtype, scale=float(scale), **dims)
+        return cls(launch=launch, dtype=q_bthk.dtype, log2_scale=math.log2(scale), **dims)
 
     @property
     def block_k(self) -> int:
@@ -693,12 +739,13 @@ class _Walk:
         counts = {"tokens": tokens, "batches": batch, "heads": heads, "segments": self.segments, "length": self.length}
         single = self.dtype == torch.float32
         product = tl.float32 if single or (_INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
+        limit = {} if self.launch.registers is None else {"maxnreg": self.launch.registers}
         with torch.cuda.device(log_decay.device) if log_decay.is_cuda else nullcontext():
             kernel[(batch * self.segments * heads * self.slices_k * self.slices_v,)](
-                **inputs, g=log_decay, **others, scale=self.scale, **counts, **strides,
+                **inputs, g=log_decay, **others, log2_scale=self.log2_scale, **counts, **strides,
                 K=key_dim, V=self.value_dim, BLOCK_K=self.block_k, BLOCK_V=self.block_v, CHUNK=self.launch.chunk,
                 ALIGN=align, LP=product, PRECISION="tf32x3" if single else "tf32", SPLIT=single, STAGES=self.launch.stages,
-                num_warps=self.launch.warps, num_stages=self.launch.stages,
+                num_warps=self.launch.warps, num_stages=self.launch.stages, **limit,
             )  # fmt: skip
 
     def partial(self, like: Tensor, slices: int) -> Tensor:
