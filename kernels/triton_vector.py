@@ -54,12 +54,17 @@ class VectorConfig:
     stages: int = 2
     policy: str = "save"
     block: int = 64
+    registers: int | None = None
     walk_warps: int = 4
-    walk_stages: int = 3
-    gradient_warps: int = 8
+    walk_stages: int = 2
+    walk_registers: int | None = None
+    gradient_warps: int = 4
+    gradient_stages: int = 1
+    gradient_registers: int | None = None
     key_block: int = 64
     value_block: int = 64
     forward: str = "fused"
+    backward: str = "fused"
 
 
 def default_config(key_dim: int, value_dim: int) -> VectorConfig:
@@ -118,6 +123,12 @@ def _sums(weights, high, low, LP: tl.constexpr):
         return tl.dot(weights.to(tl.float32), high, input_precision="tf32x3")
     weights = weights.to(LP)
     return tl.dot(weights, low, tl.dot(weights, high))
+
+
+@triton.jit
+def _last_row(x, C: tl.constexpr):
+    """In the layout of x, which a sum over the tokens of a loaded tile would not be."""
+    return tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], x, 0.0), 0)
 
 
 @triton.jit
@@ -219,21 +230,18 @@ def forward_kernel(
         high, low = _halves(log2, LP)
         tile_q = tile_q.to(tl.float32) * scale
         tile_k = tile_k.to(tl.float32)
-        total = tl.sum(log2, 0)
         since = _sums(_up_to(C), high, low, LP)
+        total = _last_row(since, C)
         if BASE == LOGC:
-            # A channel too steep for a middle takes the start for its queries and the end for its keys: right for the
-            # states, and the chunk's pairs are left to the exact launch.
-            gentle = total >= -2 * HALF_RANGE
-            middle = tl.where(gentle, 0.5 * total, 0.0)
-            end = tl.where(gentle, 0.5 * total, total)
-            queries = tile_q * tl.exp2(since - middle[None, :])
-            keys = tile_k * tl.exp2(end[None, :] - since)
+            # Where a channel is too steep, the chunk's pairs come out as nonsense and are left to the exact launch.
+            middle = tl.maximum(0.5 * total, -HALF_RANGE)[None, :]
+            queries = tile_q * tl.exp2(since - middle)
+            keys = tile_k * tl.exp2(middle - since)
             steep = tl.min(total, 0) < -2 * HALF_RANGE
             a = tl.dot(queries.to(LP), tl.trans(keys.to(LP)), input_precision=IP)
             a = tl.where(_up_to(C), a, 0.0)
-            queries *= tl.exp2(middle)[None, :]
-            keys *= tl.exp2(total - end)[None, :]
+            queries *= tl.exp2(middle)
+            keys = tile_k * tl.exp2(total[None, :] - since)
         else:
             d = _sums(_around_middle(C, BASE), high, low, LP)
             steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
@@ -341,7 +349,7 @@ def _rows_of_chunk(
         tile_k = _load(k, k_t, first_key, left, C, K, BK).to(tl.float32)
         if BASE == LOGC:
             since = _sums(_up_to(C), high, low, LP)
-            half = 0.5 * tl.sum(log2, 0)
+            half = 0.5 * _last_row(since, C)
             tile_q *= tl.exp2(since - half[None, :])
             tile_k *= tl.exp2(half[None, :] - since)
             edge = tl.exp2(half)[None, :]
@@ -422,16 +430,22 @@ def rows_kernel(
 
 @triton.jit
 def _gentle_gradients(
-    q, k, v, g, do, dq, dk, dv, dg, states, dstates, scale, left, first_key, q_t, k_t, v_t, g_t, do_t, dk_t, dv_t,
-    WITH_DV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    LP: tl.constexpr, IP: tl.constexpr,
+    q, k, v, g, do, dq, dk, dv, dg, states, dstates, dstate, scale, left, first_key, q_t, k_t, v_t, g_t, do_t, dk_t, dv_t,
+    WALK: tl.constexpr, WITH_DV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """What _gradients_of_chunk does, where the chunk is one block; ordered so that few tiles live at a time."""
+    """What _gradients_of_chunk does, where the chunk is one block; ordered so that few tiles live at a time.
+
+    With WALK the state gradient after the chunk is given as a tile, and the one before the chunk is returned.
+    """
     log2 = _load_log2(g, g_t, first_key, left, C, K, BK)
-    half = 0.5 * tl.sum(log2, 0)
-    edge = tl.exp2(half)
     high, low = _halves(log2, LP)
-    d = _sums(_up_to(C), high, low, LP) - half[None, :]
+    d = _sums(_up_to(C), high, low, LP)
+    half = 0.5 * _last_row(d, C)
+    total_decay = tl.exp2(2 * half)
+    half = tl.maximum(half, -HALF_RANGE)  # changed by a steep channel only: see forward_kernel
+    edge = tl.exp2(half)
+    d -= half[None, :]
     queries = (_load(q, q_t, first_key, left, C, K, BK).to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
     keys = (_load(k, k_t, first_key, left, C, K, BK).to(tl.float32) * tl.exp2(-d)).to(LP)
 
@@ -443,7 +457,8 @@ def _gentle_gradients(
         tile_do = _load(do, do_t, first_value, left, C, V, BV).to(LP)
         row, col, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
         state = tl.load(states + row * K + col, mask=inside, other=0.0)
-        dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
+        if not WALK:
+            dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
         across += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
         tile_dq = tl.dot(tile_do, state.to(LP), tile_dq, input_precision=IP)
         pairs = tl.dot(tile_do, tl.trans(tile_v), pairs, input_precision=IP)
@@ -464,7 +479,7 @@ def _gentle_gradients(
         pairs = tl.dot(tile_v, tl.trans(tile_do), pairs, input_precision=IP)
     pairs = tl.where(_from(C), pairs, 0.0).to(LP)
     tile_dk *= edge[None, :]
-    total = edge * edge * across + tl.sum(keys.to(tl.float32) * tile_dk, 0)
+    total = total_decay * across + tl.sum(keys.to(tl.float32) * tile_dk, 0)
     tile_dk = tl.dot(pairs, queries, tile_dk, input_precision=IP)
     _store(dk, dk_t, first_key, left, tile_dk * tl.exp2(-d), C, K, BK)
     gain -= keys.to(tl.float32) * tile_dk
@@ -479,6 +494,12 @@ def _gentle_gradients(
         a = tl.dot(keys, tl.trans(queries), input_precision=IP)
         tile_dv = tl.dot(tl.where(_from(C), a, 0.0).to(LP), tile_do, tile_dv, input_precision=IP)
         _store(dv, dv_t, 0, left, tile_dv, C, V, BV)
+    if WALK:
+        # Of a channel steeper than its clamped middle allows, everything above is done again by the exact launch; its
+        # decay since the start is 2^(d + half) all the same.
+        decayed = (queries.to(tl.float32) * edge[None, :]).to(LP)
+        dstate = tl.dot(tl.trans(tile_do), decayed, dstate * total_decay[None, :], input_precision=IP)
+    return dstate
 
 
 @triton.jit
@@ -598,8 +619,8 @@ def gradients_kernel(
                 q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
                 v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
                 do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
-                states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), scale, T - first * C, first_key,
-                q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, LP, IP,
+                states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), 0.0, scale, T - first * C, first_key,
+                q_t, k_t, v_t, g_t, do_t, H * K, H * V, False, WITH_DV, K, V, BK, BV, C, LP, IP,
             )  # fmt: skip
         else:
             _gradients_of_chunk(
@@ -609,6 +630,60 @@ def gradients_kernel(
                 states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), scale, T - first * C, first_key,
                 q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, BASE, LOGC, LP, IP,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def backward_walk_kernel(
+    q, k, v, g, do, dq, dk, dv, dg, states, dstates, flags, d_final, d_initial, scale, T, H,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, do_b, do_t, do_h,
+    HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, STAGES: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """All gradients in one walk back along a head's chunks; notes the state gradient after a flagged chunk."""
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    bh = bh.to(tl.int64)
+    chunks = tl.cdiv(T, C)
+    last = ((chunks - 1) * C).to(tl.int64)
+    q += b * q_b + h * q_h + last * q_t
+    k += b * k_b + h * k_h + last * k_t
+    v += b * v_b + h * v_h + last * v_t
+    g += b * g_b + h * g_h + last * g_t
+    do += b * do_b + h * do_h + last * do_t
+    to_k = ((b * T + last) * H + h) * K
+    dq += to_k
+    dk += to_k
+    dg += to_k
+    dv += ((b * T + last) * H + h) * V
+    states += (bh * chunks + chunks - 1) * (K * V)
+    dstates += (bh * chunks + chunks - 1) * (K * V)
+    row, col, inside = _state_offsets(0, 0, V, K, BV, BK)
+    if HAS_FINAL:
+        dstate = tl.load(d_final + bh * (K * V) + col * V + row, mask=inside, other=0.0)
+    else:
+        dstate = tl.zeros([BV, BK], tl.float32)
+    for n in tl.range(0, chunks, num_stages=STAGES):
+        c = chunks - 1 - n
+        steep = tl.load(flags + bh * chunks + c) != 0
+        tl.store(dstates + row * K + col, dstate.to(dstates.dtype.element_ty), mask=inside & steep)
+        dstate = _gentle_gradients(
+            q, k, v, g, do, dq, dk, dv, dg, states, dstates, dstate, scale, T - c * C, 0, q_t, k_t, v_t, g_t, do_t, H * K, H * V,
+            True, True, K, V, BK, BV, C, LP, IP,
+        )  # fmt: skip
+        q -= C * q_t
+        k -= C * k_t
+        v -= C * v_t
+        g -= C * g_t
+        do -= C * do_t
+        dq -= C * H * K
+        dk -= C * H * K
+        dg -= C * H * K
+        dv -= C * H * V
+        states -= K * V
+        dstates -= K * V
+    if HAS_INITIAL:
+        tl.store(d_initial + bh * (K * V) + col * V + row, dstate, mask=inside)
 
 
 def forward(
@@ -645,7 +720,7 @@ def forward(
             *_strides(q_bthk), *_strides(k_bthk), *_strides(v_bthv), *_strides(log_decay_bthk),
             HAS_INITIAL=initial_state_bhkv is not None, WANT_FINAL=want_state, WANT_STATES=states is not None,
             BK=cut.whole_k, BV=block_v, STAGES=config.stages, **cut.common, **cut.blocks,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, **_registers(config.registers),
         )  # fmt: skip
         _rows(cut, q_bthk, k_bthk, v_bthv, log_decay_bthk, scale, o, None, flags, exact=True, reverse=False)
     return o, final, (states if keep else None, flags) if want_saved else None
@@ -673,20 +748,32 @@ def backward(
         _walk(cut, k_bthk, v_bthv, log_decay_bthk, 1.0, initial_state_bhkv, None, states, None, reverse=False)
     d_initial = torch.empty_like(initial_state_bhkv, dtype=torch.float32) if initial_state_bhkv is not None else None
     dstates = cut.new_states()
-    _walk(cut, q_bthk, do_bthv, log_decay_bthk, scale, d_final_state_bhkv, d_initial, dstates, None, reverse=True)
     dq = q_bthk.new_empty(batch, length, heads, key_dim)
     dk = k_bthk.new_empty(batch, length, heads, key_dim)
     dv = v_bthv.new_empty(batch, length, heads, value_dim)
     dlog = torch.empty_like(dq, dtype=torch.float32)
     with_dv = cut.block_k >= key_dim and cut.block_v >= value_dim
-    for exact in (False, True):
+    walk = config.backward == "fused" and with_dv and config.block == config.chunk and flags.shape[0] == 1
+    if walk:
+        backward_walk_kernel[(batch * heads,)](
+            q_bthk, k_bthk, v_bthv, log_decay_bthk, do_bthv, dq, dk, dv, dlog, states, dstates, flags,
+            _or(d_final_state_bhkv, dlog), _or(d_initial, dlog), float(scale), length, heads,
+            *_strides(q_bthk), *_strides(k_bthk), *_strides(v_bthv), *_strides(log_decay_bthk), *_strides(do_bthv),
+            HAS_FINAL=d_final_state_bhkv is not None, HAS_INITIAL=d_initial is not None, BK=cut.block_k, BV=cut.block_v,
+            STAGES=config.gradient_stages, **cut.sizes, num_warps=config.gradient_warps, num_stages=config.gradient_stages,
+            **_registers(config.gradient_registers),
+        )  # fmt: skip
+    else:
+        _walk(cut, q_bthk, do_bthv, log_decay_bthk, scale, d_final_state_bhkv, d_initial, dstates, None, reverse=True)
+    for exact in (True,) if walk else (False, True):
         group, blocks = (GROUP, cut.exact_blocks) if exact else (1, cut.blocks)
         gradients_kernel[(batch * heads * triton.cdiv(cut.chunks, group), triton.cdiv(key_dim, cut.block_k))](
             q_bthk, k_bthk, v_bthv, log_decay_bthk, do_bthv, dq, dk, dv, dlog, states, dstates, flags, float(scale), length,
             heads, batch * heads, *_strides(q_bthk), *_strides(k_bthk), *_strides(v_bthv), *_strides(log_decay_bthk),
             *_strides(do_bthv),
             EXACT=exact, WITH_DV=with_dv, PIECES=flags.shape[0], GROUP=group, BK=cut.block_k, BV=cut.block_v,
-            **cut.common, **blocks, num_warps=config.gradient_warps, num_stages=1,
+            **cut.common, **blocks, num_warps=4 if exact else config.gradient_warps, num_stages=1,
+            **_registers(None if exact else config.gradient_registers),
         )  # fmt: skip
         if not with_dv:
             _rows(cut, q_bthk, k_bthk, do_bthv, log_decay_bthk, scale, dv, dstates, flags, exact=exact, reverse=True)
@@ -710,7 +797,8 @@ class _Cut:
         operand = tl.bfloat16 if bf16 and not _interpreted() else tl.float32
         precision = "tf32x3" if q_bthk.dtype == torch.float32 else "tf32"
         log_chunk = config.chunk.bit_length() - 1
-        self.common = dict(K=key_dim, V=value_dim, C=config.chunk, LOGC=log_chunk, LP=operand, IP=precision)
+        self.sizes = dict(K=key_dim, V=value_dim, C=config.chunk, LP=operand, IP=precision)
+        self.common = dict(LOGC=log_chunk, **self.sizes)
         self.blocks = dict(BASE=min(config.block, config.chunk).bit_length() - 1)
         self.exact_blocks = dict(BASE=0)
 
@@ -734,7 +822,7 @@ def _walk(
         *_strides(x), *_strides(y), *_strides(log_decay),
         REVERSE=reverse, HAS_FIRST=first is not None, WANT_LAST=last is not None, WANT_FLAGS=flags is not None,
         BK=cut.block_k, BV=cut.block_v, STAGES=config.walk_stages, **cut.common, **cut.blocks,
-        num_warps=config.walk_warps, num_stages=config.walk_stages,
+        num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers),
     )  # fmt: skip
 
 
@@ -748,7 +836,7 @@ def _rows(
         q, k, y, log_decay, out, _or(states, out), flags, float(scale), q.shape[1], q.shape[2], cut.batch_heads,
         *_strides(q), *_strides(k), *_strides(y), *_strides(log_decay),
         EXACT=exact, REVERSE=reverse, ADD=states is None, PIECES=flags.shape[0], GROUP=group,
-        BK=cut.block_k, BV=cut.block_v, **cut.common, **blocks, num_warps=cut.config.gradient_warps, num_stages=1,
+        BK=cut.block_k, BV=cut.block_v, **cut.common, **blocks, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -759,6 +847,10 @@ def _interpreted() -> bool:
 def _state_like(q_bthk: Tensor, value_dim: int) -> Tensor:
     batch, _, heads, key_dim = q_bthk.shape
     return torch.empty(batch, heads, key_dim, value_dim, dtype=torch.float32, device=q_bthk.device)
+
+
+def _registers(most: int | None) -> dict[str, int]:
+    return {} if most is None else {"maxnreg": most}
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
