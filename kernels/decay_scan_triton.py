@@ -66,11 +66,6 @@ def _config(q: Tensor, v: Tensor, log_decay: Tensor):
     return _kernels(log_decay).default_config(q.shape[-1], v.shape[-1], q.dtype)
 
 
-def _saved(q: Tensor, v: Tensor, log_decay: Tensor):
-    """(shape, dtype) of what the forward pass keeps for the backward pass: states and flags."""
-    return _kernels(log_decay).saved_shapes(q, v, _config(q, v, log_decay))
-
-
 @torch.library.custom_op("decay::decay_scan", mutates_args=())
 def _forward(
     q: Tensor,
@@ -121,7 +116,7 @@ def _(q, k, v, log_decay, initial_state, scale, want_state, want_saved):
     state = torch.empty(state, device=q.device, dtype=torch.float32 if want_state else q.dtype)
     o = torch.empty((batch, length, heads, v.shape[-1]), device=q.device, dtype=v.dtype)
     nothing = [((0,), q.dtype), ((0,), q.dtype)]
-    kept = _saved(q, v, log_decay) if want_saved else nothing
+    kept = _kernels(log_decay).saved_shapes(q, v, _config(q, v, log_decay)) if want_saved else nothing
     return o, state, *(torch.empty(shape, device=q.device, dtype=dtype) for shape, dtype in kept)
 
 

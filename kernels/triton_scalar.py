@@ -769,3 +769,12 @@ class _Walk:
                 added, totals, outside, heads, self.segments, SIZE=size, BLOCK=block, REVERSE=reverse
             )
         return added
+
+
+def saved_shapes(q_bthk: Tensor, v_bthv: Tensor, config: Config) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of the states that `forward` keeps for the backward pass, and of the flags, of which it has none."""
+    walk = _Walk.of(config.forward, q_bthk, v_bthv, 1.0)
+    batch, _, heads, key_dim = q_bthk.shape
+    chunks = triton.cdiv(walk.length, config.forward.chunk)
+    states = (batch * walk.segments * heads, chunks, key_dim, walk.value_dim) if config.policy == "states" else (0,)
+    return [(states, q_bthk.dtype), ((0,), q_bthk.dtype)]

@@ -67,7 +67,7 @@ class VectorConfig:
     backward: str = "fused"
 
 
-def default_config(key_dim: int, value_dim: int) -> VectorConfig:
+def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
     if key_dim <= 64:
         return VectorConfig()
     if key_dim <= 128:
@@ -862,3 +862,12 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, time and head; an axis of one has none, so that no kernel is compiled anew for it."""
     batch, time, head = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
     return batch, time, head
+
+
+def saved_shapes(q_bthk: Tensor, v_bthv: Tensor, config: VectorConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of the states and of the flags that `forward` keeps for the backward pass."""
+    cut = _Cut(q_bthk, v_bthv.shape[-1], config)
+    states = (cut.batch_heads, cut.chunks, cut.value_dim, cut.key_dim) if config.policy == "save" else (0,)
+    pieces = triton.cdiv(cut.key_dim, cut.block_k) if config.forward == "split" else 1
+    dtype = cut.state_dtype if config.policy == "save" else q_bthk.dtype
+    return [(states, dtype), ((pieces, cut.batch_heads, cut.chunks), torch.int8)]
