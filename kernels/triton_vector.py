@@ -43,13 +43,17 @@ GROUP = 16  # chunks that one program of an exact launch looks at
 class VectorConfig:
     """How the kernels of one (K, V) are cut; every value changes time and rounding only.
 
-    chunk: tokens between two kept states. block: tokens within which decays are split around the middle, a power of two
-    up to the chunk. policy: "save" keeps the forward pass's states for the backward pass, "recompute" makes them again.
-    forward: "fused" is one walk along the chunks, "split" a walk that makes states and a kernel that takes all chunks at once.
-    key_block, value_block: widest piece of K and V in one program.
+    chunk: tokens between two kept states, and in a step of every kernel but the fused forward pass, which has its own. block:
+    tokens within which decays are split around a middle; all three are powers of two from 16 on.
+    policy: "save" keeps the forward pass's states for the backward pass, "recompute" makes them again.
+    forward: "fused" is one walk along the chunks, "split" a walk that makes states and a kernel that takes all chunks at
+    once. backward: the same, "fused" only where K and V each fit one piece.
+    key_block, value_block: widest piece of K and V in one program; the fused forward pass has all of K.
+    warps, stages, registers (most per thread): of the fused forward pass, then of walks, then of the gradients.
     """
 
     chunk: int = 64
+    forward_chunk: int = 64
     warps: int = 4
     stages: int = 2
     policy: str = "save"
@@ -64,7 +68,7 @@ class VectorConfig:
     key_block: int = 64
     value_block: int = 64
     forward: str = "fused"
-    backward: str = "fused"
+    backward: str = "split"
 
 
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
@@ -196,11 +200,11 @@ def _pair_weights(q, k, d, high, low, REVERSE: tl.constexpr, C: tl.constexpr, BA
 def forward_kernel(
     q, k, v, g, o, initial, final, states, flags, scale, T, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, WANT_STATES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, STAGES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, WANT_STATES: tl.constexpr, EVERY: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, STAGES: tl.constexpr,
     LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """One program walks along one head's chunks with BV columns of the state in registers."""
+    """One program walks along one head's chunks with BV columns of the state in registers, and keeps every EVERYth state."""
     bh = tl.program_id(0)
     first_value = tl.program_id(1) * BV
     b = (bh // H).to(tl.int64)
@@ -212,7 +216,7 @@ def forward_kernel(
     v += b * v_b + h * v_h
     g += b * g_b + h * g_h
     o += (b * T * H + h) * V
-    states += bh * chunks * (K * V)
+    states += bh * tl.cdiv(chunks, EVERY) * (K * V)
     flags += bh * chunks
     row, col, inside = _state_offsets(first_value, 0, V, K, BV, BK)
     if HAS_INITIAL:
@@ -226,7 +230,7 @@ def forward_kernel(
         tile_v = _load(v, v_t, first_value, left, C, V, BV).to(LP)
         log2 = _load_log2(g, g_t, 0, left, C, K, BK)
         if WANT_STATES:
-            tl.store(states + row * K + col, state.to(states.dtype.element_ty), mask=inside)
+            tl.store(states + row * K + col, state.to(states.dtype.element_ty), mask=inside & (c % EVERY == 0))
         high, low = _halves(log2, LP)
         tile_q = tile_q.to(tl.float32) * scale
         tile_k = tile_k.to(tl.float32)
@@ -262,7 +266,7 @@ def forward_kernel(
         v += C * v_t
         g += C * g_t
         o += C * H * V
-        states += K * V
+        states += tl.where(c % EVERY == EVERY - 1, K * V, 0)
     if WANT_FINAL:
         tl.store(final + bh * (K * V) + col * V + row, state, mask=inside)
 
@@ -665,8 +669,10 @@ def backward_walk_kernel(
         dstate = tl.zeros([BV, BK], tl.float32)
     for n in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - n
-        steep = tl.load(flags + bh * chunks + c) != 0
-        tl.store(dstates + row * K + col, dstate.to(dstates.dtype.element_ty), mask=inside & steep)
+        least = tl.min(tl.sum(_load_log2(g, g_t, 0, T - c * C, C, K, BK), 0), 0)
+        steep = (least < -2 * HALF_RANGE).to(tl.int8)
+        tl.store(flags + bh * chunks + c, steep)
+        tl.store(dstates + row * K + col, dstate.to(dstates.dtype.element_ty), mask=inside & (steep != 0))
         dstate = _gentle_gradients(
             q, k, v, g, do, dq, dk, dv, dg, states, dstates, dstate, scale, T - c * C, 0, q_t, k_t, v_t, g_t, do_t, H * K, H * V,
             True, True, K, V, BK, BV, C, LP, IP,
@@ -696,16 +702,17 @@ def forward(
     want_state: bool,
     want_saved: bool,
     config: VectorConfig,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor] | None]:
-    """Returns (o, final state or None, what backward needs or None)."""
-    batch, length, heads, key_dim = q_bthk.shape
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns (o, final state or None, states before each chunk or None: what backward may be given)."""
+    batch, length, heads, _ = q_bthk.shape
     value_dim = v_bthv.shape[-1]
     o = v_bthv.new_empty(batch, length, heads, value_dim)
     final = _state_like(q_bthk, value_dim) if want_state else None
-    cut = _Cut(q_bthk, value_dim, config)
     split = config.forward == "split"
+    kept = _Cut(q_bthk, value_dim, config, config.chunk)
+    cut = kept if split else _Cut(q_bthk, value_dim, config, min(config.chunk, config.forward_chunk))
     keep = want_saved and config.policy == "save"
-    states = cut.new_states() if keep or split else None
+    states = kept.new_states() if keep or split else None
     if split:
         flags = cut.new_flags()
         _walk(cut, k_bthk, v_bthv, log_decay_bthk, 1.0, initial_state_bhkv, final, states, flags, reverse=False)
@@ -713,17 +720,16 @@ def forward(
             _rows(cut, q_bthk, k_bthk, v_bthv, log_decay_bthk, scale, o, states, flags, exact=exact, reverse=False)
     else:
         flags = cut.new_flags(pieces=1)
-        block_v = min(cut.block_v, 64)
-        forward_kernel[(batch * heads, triton.cdiv(value_dim, block_v))](
+        forward_kernel[(batch * heads, triton.cdiv(value_dim, cut.block_v))](
             q_bthk, k_bthk, v_bthv, log_decay_bthk, o, _or(initial_state_bhkv, o), _or(final, o), _or(states, o), flags,
             float(scale), length, heads,
             *_strides(q_bthk), *_strides(k_bthk), *_strides(v_bthv), *_strides(log_decay_bthk),
-            HAS_INITIAL=initial_state_bhkv is not None, WANT_FINAL=want_state, WANT_STATES=states is not None,
-            BK=cut.whole_k, BV=block_v, STAGES=config.stages, **cut.common, **cut.blocks,
+            HAS_INITIAL=initial_state_bhkv is not None, WANT_FINAL=want_state, WANT_STATES=keep,
+            EVERY=kept.chunk // cut.chunk, BK=cut.whole_k, BV=cut.block_v, STAGES=config.stages, **cut.common, **cut.blocks,
             num_warps=config.warps, num_stages=config.stages, **_registers(config.registers),
         )  # fmt: skip
         _rows(cut, q_bthk, k_bthk, v_bthv, log_decay_bthk, scale, o, None, flags, exact=True, reverse=False)
-    return o, final, (states if keep else None, flags) if want_saved else None
+    return o, final, states if keep else None
 
 
 def backward(
@@ -733,7 +739,7 @@ def backward(
     log_decay_bthk: Tensor,
     scale: float,
     initial_state_bhkv: Tensor | None,
-    saved: tuple[Tensor | None, Tensor],
+    saved: Tensor | None,
     do_bthv: Tensor,
     d_final_state_bhkv: Tensor | None,
     config: VectorConfig,
@@ -741,8 +747,8 @@ def backward(
     """Returns (dq, dk, dv, dlog_decay, d_initial_state or None)."""
     batch, length, heads, key_dim = q_bthk.shape
     value_dim = v_bthv.shape[-1]
-    cut = _Cut(q_bthk, value_dim, config)
-    states, flags = saved
+    cut = _Cut(q_bthk, value_dim, config, config.chunk)
+    states = saved
     if states is None:
         states = cut.new_states()
         _walk(cut, k_bthk, v_bthv, log_decay_bthk, 1.0, initial_state_bhkv, None, states, None, reverse=False)
@@ -753,7 +759,8 @@ def backward(
     dv = v_bthv.new_empty(batch, length, heads, value_dim)
     dlog = torch.empty_like(dq, dtype=torch.float32)
     with_dv = cut.block_k >= key_dim and cut.block_v >= value_dim
-    walk = config.backward == "fused" and with_dv and config.block == config.chunk and flags.shape[0] == 1
+    walk = config.backward == "fused" and with_dv and config.block >= config.chunk
+    flags = cut.new_flags()
     if walk:
         backward_walk_kernel[(batch * heads,)](
             q_bthk, k_bthk, v_bthv, log_decay_bthk, do_bthv, dq, dk, dv, dlog, states, dstates, flags,
@@ -764,7 +771,7 @@ def backward(
             **_registers(config.gradient_registers),
         )  # fmt: skip
     else:
-        _walk(cut, q_bthk, do_bthv, log_decay_bthk, scale, d_final_state_bhkv, d_initial, dstates, None, reverse=True)
+        _walk(cut, q_bthk, do_bthv, log_decay_bthk, scale, d_final_state_bhkv, d_initial, dstates, flags, reverse=True)
     for exact in (True,) if walk else (False, True):
         group, blocks = (GROUP, cut.exact_blocks) if exact else (1, cut.blocks)
         gradients_kernel[(batch * heads * triton.cdiv(cut.chunks, group), triton.cdiv(key_dim, cut.block_k))](
@@ -783,11 +790,11 @@ def backward(
 class _Cut:
     """Sizes that all kernels of one call share."""
 
-    def __init__(self, q_bthk: Tensor, value_dim: int, config: VectorConfig) -> None:
+    def __init__(self, q_bthk: Tensor, value_dim: int, config: VectorConfig, chunk: int) -> None:
         batch, length, heads, key_dim = q_bthk.shape
-        self.config, self.device = config, q_bthk.device
+        self.config, self.device, self.chunk = config, q_bthk.device, chunk
         self.batch_heads, self.key_dim, self.value_dim = batch * heads, key_dim, value_dim
-        self.chunks = triton.cdiv(length, config.chunk)
+        self.chunks = triton.cdiv(length, chunk)
         self.whole_k = max(16, triton.next_power_of_2(key_dim))
         self.block_k = min(config.key_block, self.whole_k)
         self.block_v = min(config.value_block, max(16, triton.next_power_of_2(value_dim)))
@@ -796,10 +803,10 @@ class _Cut:
         # triton's interpreter multiplies bf16 tiles wrongly
         operand = tl.bfloat16 if bf16 and not _interpreted() else tl.float32
         precision = "tf32x3" if q_bthk.dtype == torch.float32 else "tf32"
-        log_chunk = config.chunk.bit_length() - 1
-        self.sizes = dict(K=key_dim, V=value_dim, C=config.chunk, LP=operand, IP=precision)
+        log_chunk = chunk.bit_length() - 1
+        self.sizes = dict(K=key_dim, V=value_dim, C=chunk, LP=operand, IP=precision)
         self.common = dict(LOGC=log_chunk, **self.sizes)
-        self.blocks = dict(BASE=min(config.block, config.chunk).bit_length() - 1)
+        self.blocks = dict(BASE=min(config.block, chunk).bit_length() - 1)
         self.exact_blocks = dict(BASE=0)
 
     def new_states(self) -> Tensor:
