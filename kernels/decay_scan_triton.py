@@ -1,8 +1,8 @@
 """The decay scan on a GPU, as torch operators: what autograd, torch.compile and CUDA graphs see of the Triton kernels.
 
 What is unusual: the operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them. What
-the backward pass wants back (states at the chunks' starts, flags) are outputs of the forward operator; where no gradient is
-wanted they are empty.
+the backward pass wants back (states at the chunks' starts) is an output of the forward operator, empty where no gradient is
+wanted.
 Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.py and triton_vector.py.
 """
 
@@ -76,14 +76,13 @@ def _forward(
     scale: float,
     want_state: bool,
     want_saved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     config = _config(q, v, log_decay)
     initial = None if initial_state is None else initial_state.float().contiguous()
     launch = _kernels(log_decay).forward
-    o, state, saved = launch(q, k, v, log_decay, scale, initial, want_state, want_saved, config)
-    states, flags = saved if isinstance(saved, tuple) else (saved, None)
-    empty = q.new_empty(0)
-    return o, *(empty.clone() if x is None else x for x in (state, states, flags))
+    o, *others = launch(q, k, v, log_decay, scale, initial, want_state, want_saved, config)
+    state, saved = (q.new_empty(0) if x is None else x for x in others)
+    return o, state, saved
 
 
 @torch.library.custom_op("decay::decay_scan_backward", mutates_args=())
@@ -93,19 +92,17 @@ def _backward(
     v: Tensor,
     log_decay: Tensor,
     initial_state: Tensor | None,
-    states: Tensor,
-    flags: Tensor,
+    saved: Tensor,
     do: Tensor,
     d_state: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     config = _config(q, v, log_decay)
     initial = None if initial_state is None else initial_state.float().contiguous()
-    kept = states if states.numel() else None
-    saved = (kept, flags) if log_decay.dim() == 4 else kept
+    kept = saved if saved.numel() else None
     do = do if do.stride(-1) == 1 else do.contiguous()
     d_state = None if d_state is None else d_state.float().contiguous()
-    *grads, d_initial = _kernels(log_decay).backward(q, k, v, log_decay, scale, initial, saved, do, d_state, config)
+    *grads, d_initial = _kernels(log_decay).backward(q, k, v, log_decay, scale, initial, kept, do, d_state, config)
     return *grads, q.new_empty(0) if d_initial is None else d_initial
 
 
@@ -115,13 +112,13 @@ def _(q, k, v, log_decay, initial_state, scale, want_state, want_saved):
     state = (batch, heads, key_dim, v.shape[-1]) if want_state else (0,)
     state = torch.empty(state, device=q.device, dtype=torch.float32 if want_state else q.dtype)
     o = torch.empty((batch, length, heads, v.shape[-1]), device=q.device, dtype=v.dtype)
-    nothing = [((0,), q.dtype), ((0,), q.dtype)]
-    kept = _kernels(log_decay).saved_shapes(q, v, _config(q, v, log_decay)) if want_saved else nothing
-    return o, state, *(torch.empty(shape, device=q.device, dtype=dtype) for shape, dtype in kept)
+    nothing = (0,), q.dtype
+    shape, dtype = _kernels(log_decay).saved_like(q, v, _config(q, v, log_decay)) if want_saved else nothing
+    return o, state, torch.empty(shape, device=q.device, dtype=dtype)
 
 
 @_backward.register_fake
-def _(q, k, v, log_decay, initial_state, states, flags, do, d_state, scale):
+def _(q, k, v, log_decay, initial_state, saved, do, d_state, scale):
     grads = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v, log_decay)]
     shape = (0,) if initial_state is None else initial_state.shape
     return *grads, torch.empty(shape, device=q.device, dtype=q.dtype if initial_state is None else torch.float32)
@@ -129,13 +126,13 @@ def _(q, k, v, log_decay, initial_state, states, flags, do, d_state, scale):
 
 def _remember(ctx, inputs, output) -> None:
     q, k, v, log_decay, initial_state, ctx.scale, ctx.want_state, _ = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, output[2], output[3])
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, output[2])
 
 
 def _differentiate(ctx, do, d_state, *_):
-    *inputs, initial_state, states, flags = ctx.saved_tensors
+    *inputs, initial_state, saved = ctx.saved_tensors
     d_state = d_state if ctx.want_state else None
-    dq, dk, dv, dg, d_initial = _backward(*inputs, initial_state, states, flags, do, d_state, ctx.scale)
+    dq, dk, dv, dg, d_initial = _backward(*inputs, initial_state, saved, do, d_state, ctx.scale)
     d_initial = None if initial_state is None else d_initial.to(initial_state.dtype)
     return dq, dk, dv, dg, d_initial, None, None, None
 

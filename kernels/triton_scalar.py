@@ -771,10 +771,10 @@ class _Walk:
         return added
 
 
-def saved_shapes(q_bthk: Tensor, v_bthv: Tensor, config: Config) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of the states that `forward` keeps for the backward pass, and of the flags, of which it has none."""
+def saved_like(q_bthk: Tensor, v_bthv: Tensor, config: Config) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the states that `forward` keeps for the backward pass; (0,) where it keeps none."""
+    if config.policy != "states":
+        return (0,), q_bthk.dtype
     walk = _Walk.of(config.forward, q_bthk, v_bthv, 1.0)
     batch, _, heads, key_dim = q_bthk.shape
-    chunks = triton.cdiv(walk.length, config.forward.chunk)
-    states = (batch * walk.segments * heads, chunks, key_dim, walk.value_dim) if config.policy == "states" else (0,)
-    return [(states, q_bthk.dtype), ((0,), q_bthk.dtype)]
+    return (batch * walk.segments * heads, triton.cdiv(walk.length, config.forward.chunk), key_dim, walk.value_dim), q_bthk.dtype

@@ -871,10 +871,9 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return batch, time, head
 
 
-def saved_shapes(q_bthk: Tensor, v_bthv: Tensor, config: VectorConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of the states and of the flags that `forward` keeps for the backward pass."""
-    cut = _Cut(q_bthk, v_bthv.shape[-1], config)
-    states = (cut.batch_heads, cut.chunks, cut.value_dim, cut.key_dim) if config.policy == "save" else (0,)
-    pieces = triton.cdiv(cut.key_dim, cut.block_k) if config.forward == "split" else 1
-    dtype = cut.state_dtype if config.policy == "save" else q_bthk.dtype
-    return [(states, dtype), ((pieces, cut.batch_heads, cut.chunks), torch.int8)]
+def saved_like(q_bthk: Tensor, v_bthv: Tensor, config: VectorConfig) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the states that `forward` keeps for the backward pass; (0,) where it keeps none."""
+    if config.policy != "save":
+        return (0,), q_bthk.dtype
+    cut = _Cut(q_bthk, v_bthv.shape[-1], config, config.chunk)
+    return (cut.batch_heads, cut.chunks, cut.value_dim, cut.key_dim), cut.state_dtype
