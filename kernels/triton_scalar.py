@@ -8,9 +8,10 @@ What is unusual:
   start (in the inputs' dtype) and one reverse walk gives all gradients; under `recompute` nothing is stored, a forward
   walk gives dq and a reverse walk dk and dv.
 - dlog λ_t is the sum over the pairs of tokens j < t <= i, split into pairs inside the chunk, pairs with one end in it, and
-  pairs around it, ⟨S, dS⟩. Nothing is summed along the whole sequence, so the error does not grow with T, and the large
-  terms i = j, which do not belong, are left out rather than subtracted. `recompute` has S and dS in different kernels: it
-  sums from one chunk to the next and starts afresh from a stored state every CHECKPOINT chunks.
+  pairs around it, ⟨S, dS⟩. Nothing is summed along the whole sequence, so the error does not grow with T. Pairs inside
+  are summed as q·dq - k·dk, where i = j cancels; for fp32 inputs pair by pair without i = j, which tells small λ from
+  rounding. `recompute` has S and dS in different kernels: it sums from one chunk to the next and starts afresh from a
+  stored state every CHECKPOINT chunks.
 - Outputs are linear in slices of K and in slices of V. Where a state is too large for one program, each program takes a
   slice; what several programs have a share in is written per slice in fp32 and summed in a fixed order. No atomics: two
   runs give equal bits.
@@ -60,7 +61,10 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """policy: `states` or `recompute`. dq: the forward-time walk of the backward pass, used by `recompute` alone."""
+    """policy: `states` or `recompute`. dq: the forward-time walk of the backward pass, for `recompute`, in place of backward.
+
+    fp32 inputs under `recompute` have their states computed once more in the backward pass, then go as under `states`.
+    """
 
     policy: str
     forward: Launch
@@ -163,14 +167,8 @@ def _between(whole, fraction, rows, log2_scale, TRANSPOSED: tl.constexpr, SPLIT:
             power = (whole[:, None] - whole[None, :]) + (fraction_late[:, None] - fraction[None, :])
     else:
         late = whole + log2_scale
-        if TRANSPOSED:
-            power = late[None, :] - whole[:, None]
-        else:
-            power = late[:, None] - whole[None, :]
-    if TRANSPOSED:
-        kept = rows[None, :] >= rows[:, None]
-    else:
-        kept = rows[:, None] >= rows[None, :]
+        power = late[None, :] - whole[:, None] if TRANSPOSED else late[:, None] - whole[None, :]
+    kept = rows[None, :] >= rows[:, None] if TRANSPOSED else rows[:, None] >= rows[None, :]
     return tl.exp2(tl.where(kept, power, float("-inf")))
 
 
@@ -188,12 +186,9 @@ def _inside(pairs_t, rows):
 
 
 @triton.jit
-def _above_rounding(d_decay, log2_decay, SPLIT: tl.constexpr):
-    """Where the terms i = j were subtracted and λ is below fp32's resolution, what is left is rounding: made 0."""
-    if SPLIT:
-        return d_decay
-    else:
-        return tl.where(log2_decay > -24.0, d_decay, 0.0)
+def _above_rounding(d_decay, log2_decay):
+    """Where terms i = j were subtracted and λ is below fp32's resolution, what is left is their rounding: made 0."""
+    return tl.where(log2_decay > -24.0, d_decay, 0.0)
 
 
 _RUNTIME = ["log2_scale", "tokens", "batches", "heads", "segments", "length"]
@@ -255,7 +250,7 @@ def _forward_kernel(
         v_base += CHUNK * v_t * ALIGN
         g_base += CHUNK * g_t
         o_base += CHUNK * heads * V
-    if final is not None:
+    if final is not None:  # noqa: SIM102
         if segment == segments - 1:
             _put_state(final + (batch * heads + head) * (K * V), ck, cv, state, K, V, BLOCK_K, BLOCK_V)
 
@@ -333,14 +328,18 @@ def _backward_kernel(
         values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
         dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
         if SPLIT:
-            inside += tl.sum(dq_c * qc, 1) - leaving
+            inside += tl.sum(dq_c * qc, 1)
         dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
         if not SPLIT:
             inside = tl.sum(dq_c * qc, 1) - k_dk
         _put(dq_base, dk_offsets, rows, ck, left, dq_c, K, BLOCK_K)
 
         around = total * tl.sum(tl.sum(state * d_state, 1), 0)
-        d_decay = _above_rounding(_suffix_sum(inside) + (around + tl.sum(leaving, 0)), log2_decay, SPLIT)
+        if SPLIT:
+            left_before = tl.sum(tl.where(rows[:, None] < rows[None, :], leaving[:, None], 0.0), 0)
+            d_decay = tl.cumsum(inside, 0, reverse=True) + left_before + around
+        else:
+            d_decay = _above_rounding(_suffix_sum(inside) + (around + tl.sum(leaving, 0)), log2_decay)
         tl.store(dg_base + rows * heads, d_decay, mask=rows < left)
 
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
@@ -354,7 +353,7 @@ def _backward_kernel(
         dv_base -= CHUNK * heads * V
         dg_base -= CHUNK * heads
         saved_base -= K * V
-    if d_initial is not None:
+    if d_initial is not None:  # noqa: SIM102
         if segment == 0:
             _put_state(d_initial + (batch * heads + head) * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
 
@@ -407,11 +406,8 @@ def _dq_kernel(
             checkpoint_base += K * V
         values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
         dq_c = tl.dot(dc, tl.trans(rounded), input_precision=PRECISION) * tl.exp2(whole + fraction + log2_scale)[:, None]
-        if SPLIT:
-            arriving = tl.sum(dq_c * qc, 1)
         dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
-        if not SPLIT:
-            arriving = tl.sum(dq_c * qc, 1)
+        arriving = tl.sum(dq_c * qc, 1)
         _put(dq_base, dq_offsets, rows, ck, left, dq_c, K, BLOCK_K)
         tl.store(dg_base + rows * heads, _suffix_sum(arriving), mask=rows < left)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
@@ -437,6 +433,7 @@ def _dkv_kernel(
     EVERY: tl.constexpr,
 ):
     """dk, dv, and dlog λ from what _dq_kernel left there. `passing` is ⟨S, dS⟩ at the end of the chunk at hand."""
+    # dS is rounded there as in dk, or the difference of the two roundings would stay in `passing`.
     SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     slice_k, slice_v, batch, segment, head, start, count = _locate(heads, segments, length, tokens, SLICES_K, SLICES_V)
@@ -465,7 +462,7 @@ def _dkv_kernel(
     if d_final is not None:
         d_state = _get_state(d_final + sequence * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
         state = _get_state(checkpoint_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
-        passing = tl.sum(tl.sum(state * d_state, 1), 0)
+        passing = tl.sum(tl.sum(state * d_state.to(LP), 1), 0)
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         passing = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
@@ -486,8 +483,6 @@ def _dkv_kernel(
         values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
         weight_t = _between(whole, fraction, rows, log2_scale, True, SPLIT)
         scores_t *= weight_t
-        if SPLIT:
-            inside = _inside(scores_t * values_t, rows)
         scores_t, values_t = scores_t.to(LP), (values_t * weight_t).to(LP)
 
         dv_c = tl.dot(kc, d_rounded, input_precision=PRECISION) * to_end[:, None]
@@ -495,23 +490,18 @@ def _dkv_kernel(
         _put(dv_base, dv_offsets, rows, cv, left, dv_c, V, BLOCK_V)
 
         dk_c = tl.dot(vc, tl.trans(d_rounded), input_precision=PRECISION) * to_end[:, None]
-        if SPLIT:
-            leaving = tl.sum(dk_c * kc, 1)
-            inside -= leaving
         dk_c = tl.dot(values_t, qc, dk_c, input_precision=PRECISION)
-        if not SPLIT:
-            leaving = tl.sum(dk_c * kc, 1)
-            inside = -leaving
+        leaving = tl.sum(dk_c * kc, 1)
         _put(dk_base, dk_offsets, rows, ck, left, dk_c, K, BLOCK_K)
 
-        d_decay = _above_rounding(arriving + _suffix_sum(inside) + passing, log2_decay, SPLIT)
+        d_decay = _above_rounding(arriving - _suffix_sum(leaving) + passing, log2_decay)
         tl.store(dg_base + rows * heads, d_decay, mask=rows < left)
         total = tl.exp2(whole_total + fraction_total)
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
         if (chunks - 1 - c) % EVERY == 0:
             checkpoint_base -= K * V
             state = _get_state(checkpoint_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
-            passing = tl.sum(tl.sum(state * d_state, 1), 0)
+            passing = tl.sum(tl.sum(state * d_state.to(LP), 1), 0)
         else:
             passing += tl.sum(tl.where(rows == 0, arriving, 0.0), 0) - tl.sum(leaving, 0)
         q_base -= CHUNK * q_t * ALIGN
@@ -522,7 +512,7 @@ def _dkv_kernel(
         dk_base -= CHUNK * heads * K
         dv_base -= CHUNK * heads * V
         dg_base -= CHUNK * heads
-    if d_initial is not None:
+    if d_initial is not None:  # noqa: SIM102
         if segment == 0:
             _put_state(d_initial + (batch * heads + head) * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
 
@@ -612,7 +602,7 @@ def forward(
     log_decay: natural log of λ, fp32, (B, T, H), any strides. The last axis of q, k and v is contiguous. K, V <= 256.
     """
     walk = _Walk.of(config.forward, q_bthk, v_bthv, scale)
-    (batch, tokens, heads, key_dim), value_dim = q_bthk.shape, v_bthv.shape[-1]
+    (batch, _, heads, key_dim), value_dim = q_bthk.shape, v_bthv.shape[-1]
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     starts = walk.states_at_segments(k_bthk, v_bthv, log_decay, initial_state, reverse=False)
     o = walk.partial(v_bthv, walk.slices_k)
@@ -642,18 +632,22 @@ def backward(
 
     The configuration's policy and, for `states`, its chunk are those of the forward pass.
     """
+    if config.policy == "recompute" and q_bthk.dtype == torch.float32:
+        # What is summed from chunk to chunk rounds relative to its largest term, which fp32 inputs do not put up with.
+        config = Config(policy="states", forward=config.backward, backward=config.backward)
+        saved = forward(q_bthk, k_bthk, v_bthv, log_decay, scale, initial_state, False, True, config)[2]
     walk = _Walk.of(config.backward, q_bthk, v_bthv, scale)
     (batch, tokens, heads, key_dim), value_dim = q_bthk.shape, v_bthv.shape[-1]
     d_final_state = None if d_final_state is None else d_final_state.float().contiguous()
     ends = walk.states_at_segments(q_bthk, do_bthv, log_decay, d_final_state, reverse=True)
+    dq, dk = walk.partial(q_bthk, walk.slices_v), walk.partial(k_bthk, walk.slices_v)
+    dv = walk.partial(v_bthv, walk.slices_k)
+    dg = q_bthk.new_empty(walk.slices_k * walk.slices_v, batch, tokens, heads, dtype=torch.float32)
     d_initial = None if initial_state is None else q_bthk.new_empty(batch, heads, key_dim, value_dim, dtype=torch.float32)
     inputs = {"q": q_bthk, "k": k_bthk, "v": v_bthv, "d": do_bthv}
-    dk, dv = walk.partial(k_bthk, walk.slices_v), walk.partial(v_bthv, walk.slices_k)
     if config.policy == "states":
         if saved is None or saved.shape[1] != triton.cdiv(walk.length, config.backward.chunk):
             raise ValueError("policy `states`: the forward pass saved no states, or saved them for another chunk")
-        dq = walk.partial(q_bthk, walk.slices_v)
-        dg = q_bthk.new_empty(walk.slices_k * walk.slices_v, batch, tokens, heads, dtype=torch.float32)
         outputs = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "d_initial": d_initial}
         walk.run(_backward_kernel, inputs, log_decay, saved=saved, d_final=ends, **outputs)
     else:
@@ -662,14 +656,11 @@ def backward(
             raise ValueError("policy `recompute`: the two walks of the backward pass differ in chunk or slices")
         initial_state = None if initial_state is None else initial_state.float().contiguous()
         starts = early.states_at_segments(k_bthk, v_bthv, log_decay, initial_state, reverse=False)
-        dq = walk.partial(q_bthk, walk.slices_v)
-        dg = q_bthk.new_empty(walk.slices_k * walk.slices_v, batch, tokens, heads, dtype=torch.float32)
         stored = triton.cdiv(triton.cdiv(walk.length, walk.launch.chunk), CHECKPOINT) + 1
         sizes = (batch * walk.segments * heads, stored, key_dim, value_dim)
-        checkpoints = q_bthk.new_empty(sizes, dtype=torch.float32)
-        early.run(_dq_kernel, inputs, log_decay, initial=starts, dq=dq, dg=dg, checkpoints=checkpoints, EVERY=CHECKPOINT)
-        outputs = {"dk": dk, "dv": dv, "dg": dg, "d_initial": d_initial}
-        walk.run(_dkv_kernel, inputs, log_decay, checkpoints=checkpoints, d_final=ends, **outputs, EVERY=CHECKPOINT)
+        between = {"dg": dg, "checkpoints": q_bthk.new_empty(sizes, dtype=torch.float32), "EVERY": CHECKPOINT}
+        early.run(_dq_kernel, inputs, log_decay, initial=starts, dq=dq, **between)
+        walk.run(_dkv_kernel, inputs, log_decay, d_final=ends, dk=dk, dv=dv, d_initial=d_initial, **between)
     d_decay = dg[0] if dg.shape[0] == 1 else dg.sum(dim=0)
     return _summed(dq, q_bthk), _summed(dk, k_bthk), _summed(dv, v_bthv), d_decay, d_initial
 
