@@ -73,9 +73,9 @@ class VectorConfig:
 
 def default_config(key_dim: int, value_dim: int) -> VectorConfig:
     if key_dim <= 64:
-        return VectorConfig()
+        return VectorConfig(forward_chunk=32, registers=168)
     if key_dim <= 128:
-        return VectorConfig(warps=8)
+        return VectorConfig(forward_chunk=32, warps=8)
     return VectorConfig(forward="split")
 
 
@@ -436,7 +436,18 @@ def _gentle_gradients(
 
     With WALK the state gradient after the chunk is given as a tile, and the one before the chunk is returned.
     """
+    # All loads first: one wait for memory.
+    row, col, inside = _state_offsets(0, first_key, V, K, BV, BK)
+    tile_v = _load(v, v_t, 0, left, C, V, BV).to(LP)
+    tile_do = _load(do, do_t, 0, left, C, V, BV).to(LP)
+    state = tl.load(states + row * K + col, mask=inside, other=0.0)
+    if not WALK:
+        dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
     log2 = _load_log2(g, g_t, first_key, left, C, K, BK)
+    queries = _load(q, q_t, first_key, left, C, K, BK)
+    keys = _load(k, k_t, first_key, left, C, K, BK)
+
+    across = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
     high, low = _halves(log2, LP)
     d = _sums(_up_to(C), high, low, LP)
     half = 0.5 * _last_row(d, C)
@@ -444,19 +455,17 @@ def _gentle_gradients(
     half = tl.maximum(half, -HALF_RANGE)  # changed by a steep channel only: see forward_kernel
     edge = tl.exp2(half)
     d -= half[None, :]
-    queries = (_load(q, q_t, first_key, left, C, K, BK).to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
-    keys = (_load(k, k_t, first_key, left, C, K, BK).to(tl.float32) * tl.exp2(-d)).to(LP)
+    queries = (queries.to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
+    keys = (keys.to(tl.float32) * tl.exp2(-d)).to(LP)
 
-    pairs = tl.zeros([C, C], tl.float32)
-    tile_dq = tl.zeros([C, BK], tl.float32)
-    across = tl.zeros([BK], tl.float32)
-    for first_value in tl.static_range(0, V, BV):
+    tile_dq = tl.dot(tile_do, state.to(LP), input_precision=IP)
+    pairs = tl.dot(tile_do, tl.trans(tile_v), input_precision=IP)
+    for first_value in tl.static_range(BV, V, BV):
         tile_v = _load(v, v_t, first_value, left, C, V, BV).to(LP)
         tile_do = _load(do, do_t, first_value, left, C, V, BV).to(LP)
         row, col, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
         state = tl.load(states + row * K + col, mask=inside, other=0.0)
-        if not WALK:
-            dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
+        dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
         across += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
         tile_dq = tl.dot(tile_do, state.to(LP), tile_dq, input_precision=IP)
         pairs = tl.dot(tile_do, tl.trans(tile_v), pairs, input_precision=IP)
@@ -556,7 +565,7 @@ def _gradients_of_chunk(
     if WITH_DV:
         a = tl.where((i <= j) & block, tl.dot(keys_, tl.trans(queries), input_precision=IP), 0.0)
     # pairs across blocks, level by level
-    for level in tl.static_range(BASE, LOGC):
+    for level in range(BASE, LOGC):
         late, weights, across_blocks = _level(level, C)
         decay = tl.exp2(_sums(weights, high, low, LP))
         x = (tl.where(late, tile_q, tile_k) * decay).to(LP)
