@@ -73,9 +73,9 @@ class VectorConfig:
 
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
     if key_dim <= 64:
-        return VectorConfig()
+        return VectorConfig(forward_chunk=32, registers=168)
     if key_dim <= 128:
-        return VectorConfig(warps=8)
+        return VectorConfig(forward_chunk=32, warps=8)
     return VectorConfig(forward="split")
 
 
@@ -123,7 +123,7 @@ def _halves(x, LP: tl.constexpr):
 @triton.jit
 def _sums(weights, high, low, LP: tl.constexpr):
     """weights (C, C) of small exact numbers times a fp32 matrix given in two halves."""
-    if LP == tl.float32:
+    if LP == tl.float32:  # noqa: SIM300
         return tl.dot(weights.to(tl.float32), high, input_precision="tf32x3")
     weights = weights.to(LP)
     return tl.dot(weights, low, tl.dot(weights, high))
@@ -201,8 +201,8 @@ def forward_kernel(
     q, k, v, g, o, initial, final, states, flags, scale, T, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
     HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, WANT_STATES: tl.constexpr, EVERY: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, STAGES: tl.constexpr,
-    LP: tl.constexpr, IP: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr,
+    STAGES: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One program walks along one head's chunks with BV columns of the state in registers, and keeps every EVERYth state."""
     bh = tl.program_id(0)
@@ -252,7 +252,7 @@ def forward_kernel(
             a = _pair_weights(tile_q, tile_k, d, high, low, False, C, BASE, LOGC, LP, IP)
             queries = tile_q * tl.exp2(since)
             keys = tile_k * tl.exp2(total[None, :] - since)
-        if LP == tl.float32:
+        if LP == tl.float32:  # noqa: SIM300
             # total - since loses the last digits where a chunk forgets much
             keys = tile_k * tl.exp2(_sums(_after(C), high, low, LP))
         tl.store(flags + c, steep.to(tl.int8))
@@ -279,7 +279,7 @@ def states_kernel(
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr,
     STAGES: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """States before each chunk from (k, v), or, in reverse, state gradients after each chunk from (q, do)."""
+    """States before each chunk from (k, v), or, in reverse, state gradients after each chunk from (q, do); x is scaled."""
     bh = tl.program_id(0)
     first_value = tl.program_id(1) * BV
     first_key = tl.program_id(2) * BK
@@ -317,10 +317,8 @@ def states_kernel(
                 steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
             # one row of flags per piece of K: a program writes what it has seen
             tl.store(flags + (tl.program_id(2) * tl.num_programs(0) + bh) * chunks + c, steep.to(tl.int8))
-        if REVERSE:
-            decay = tl.exp2(_sums(_up_to(C), high, low, LP)) * scale
-        else:
-            decay = tl.exp2(_sums(_after(C), high, low, LP))
+        weights = _up_to(C) if REVERSE else _after(C)
+        decay = tl.exp2(_sums(weights, high, low, LP)) * scale
         update = (tile_x.to(tl.float32) * decay).to(LP)
         state = tl.dot(tl.trans(tile_y), update, state * tl.exp2(tl.sum(log2, 0))[None, :], input_precision=IP)
         x += step * C * x_t
@@ -342,10 +340,9 @@ def _rows_of_chunk(
     With ADD, what `out` holds stands for the state's part.
     """
     a = tl.zeros([C, C], tl.float32)
+    rows = tl.zeros([C, BV], tl.float32)
     if ADD:
-        rows = _load(out, out_t, first_value, left, C, V, BV).to(tl.float32)
-    else:
-        rows = tl.zeros([C, BV], tl.float32)
+        rows += _load(out, out_t, first_value, left, C, V, BV).to(tl.float32)
     for first_key in tl.static_range(0, K, BK):
         log2 = _load_log2(g, g_t, first_key, left, C, K, BK)
         high, low = _halves(log2, LP)
@@ -375,10 +372,7 @@ def _rows_of_chunk(
             state = tl.load(states + row * K + col, mask=inside, other=0.0).to(LP)
             rows = tl.dot(decayed.to(LP), tl.trans(state), rows, input_precision=IP)
     if BASE == LOGC:
-        if REVERSE:
-            a = tl.where(_from(C), a, 0.0)
-        else:
-            a = tl.where(_up_to(C), a, 0.0)
+        a = tl.where(_from(C) if REVERSE else _up_to(C), a, 0.0)
     tile_y = _load(y, y_t, first_value, left, C, V, BV).to(LP)
     rows = tl.dot(a.to(LP), tile_y, rows, input_precision=IP)
     _store(out, out_t, first_value, left, rows, C, V, BV)
@@ -442,7 +436,18 @@ def _gentle_gradients(
 
     With WALK the state gradient after the chunk is given as a tile, and the one before the chunk is returned.
     """
+    # All loads first: one wait for memory.
+    row, col, inside = _state_offsets(0, first_key, V, K, BV, BK)
+    tile_v = _load(v, v_t, 0, left, C, V, BV).to(LP)
+    tile_do = _load(do, do_t, 0, left, C, V, BV).to(LP)
+    state = tl.load(states + row * K + col, mask=inside, other=0.0)
+    if not WALK:
+        dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
     log2 = _load_log2(g, g_t, first_key, left, C, K, BK)
+    queries = _load(q, q_t, first_key, left, C, K, BK)
+    keys = _load(k, k_t, first_key, left, C, K, BK)
+
+    across = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
     high, low = _halves(log2, LP)
     d = _sums(_up_to(C), high, low, LP)
     half = 0.5 * _last_row(d, C)
@@ -450,19 +455,17 @@ def _gentle_gradients(
     half = tl.maximum(half, -HALF_RANGE)  # changed by a steep channel only: see forward_kernel
     edge = tl.exp2(half)
     d -= half[None, :]
-    queries = (_load(q, q_t, first_key, left, C, K, BK).to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
-    keys = (_load(k, k_t, first_key, left, C, K, BK).to(tl.float32) * tl.exp2(-d)).to(LP)
+    queries = (queries.to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
+    keys = (keys.to(tl.float32) * tl.exp2(-d)).to(LP)
 
-    pairs = tl.zeros([C, C], tl.float32)
-    tile_dq = tl.zeros([C, BK], tl.float32)
-    across = tl.zeros([BK], tl.float32)
-    for first_value in tl.static_range(0, V, BV):
+    tile_dq = tl.dot(tile_do, state.to(LP), input_precision=IP)
+    pairs = tl.dot(tile_do, tl.trans(tile_v), input_precision=IP)
+    for first_value in tl.static_range(BV, V, BV):
         tile_v = _load(v, v_t, first_value, left, C, V, BV).to(LP)
         tile_do = _load(do, do_t, first_value, left, C, V, BV).to(LP)
         row, col, inside = _state_offsets(first_value, first_key, V, K, BV, BK)
         state = tl.load(states + row * K + col, mask=inside, other=0.0)
-        if not WALK:
-            dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
+        dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
         across += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
         tile_dq = tl.dot(tile_do, state.to(LP), tile_dq, input_precision=IP)
         pairs = tl.dot(tile_do, tl.trans(tile_v), pairs, input_precision=IP)
@@ -562,7 +565,7 @@ def _gradients_of_chunk(
     if WITH_DV:
         a = tl.where((i <= j) & block, tl.dot(keys_, tl.trans(queries), input_precision=IP), 0.0)
     # pairs across blocks, level by level
-    for level in tl.static_range(BASE, LOGC):
+    for level in range(BASE, LOGC):
         late, weights, across_blocks = _level(level, C)
         decay = tl.exp2(_sums(weights, high, low, LP))
         x = (tl.where(late, tile_q, tile_k) * decay).to(LP)
@@ -606,32 +609,39 @@ def gradients_kernel(
             if _flag(flags, bh, c, chunks, heads, PIECES) != 0:
                 start = tl.cast(c, tl.int64) * C
                 to_k = ((b * T + start) * H + h) * K
+                to_v = ((b * T + start) * H + h) * V
+                to_state = (bh * chunks + c) * (K * V)
                 _gradients_of_chunk(
                     q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
                     v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
-                    do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
-                    states + (bh * chunks + c) * (K * V), dstates + (bh * chunks + c) * (K * V), scale, T - c * C, first_key,
-                    q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, BASE, LOGC, LP, IP,
+                    do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + to_v, dg + to_k,
+                    states + to_state, dstates + to_state, scale, T - c * C, first_key, q_t, k_t, v_t, g_t, do_t, H * K, H * V,
+                    WITH_DV, K, V, BK, BV, C, BASE, LOGC, LP, IP,
                 )  # fmt: skip
     else:
         if _flag(flags, bh, first, chunks, heads, PIECES) != 0:
             return
         start = first.to(tl.int64) * C
+        q += b * q_b + h * q_h + start * q_t
+        k += b * k_b + h * k_h + start * k_t
+        v += b * v_b + h * v_h + start * v_t
+        g += b * g_b + h * g_h + start * g_t
+        do += b * do_b + h * do_h + start * do_t
         to_k = ((b * T + start) * H + h) * K
+        dq += to_k
+        dk += to_k
+        dg += to_k
+        dv += ((b * T + start) * H + h) * V
+        states += (bh * chunks + first) * (K * V)
+        dstates += (bh * chunks + first) * (K * V)
         if BASE == LOGC:
             _gentle_gradients(
-                q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
-                v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
-                do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
-                states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), 0.0, scale, T - first * C, first_key,
+                q, k, v, g, do, dq, dk, dv, dg, states, dstates, 0.0, scale, T - first * C, first_key,
                 q_t, k_t, v_t, g_t, do_t, H * K, H * V, False, WITH_DV, K, V, BK, BV, C, LP, IP,
             )  # fmt: skip
         else:
             _gradients_of_chunk(
-                q + b * q_b + h * q_h + start * q_t, k + b * k_b + h * k_h + start * k_t,
-                v + b * v_b + h * v_h + start * v_t, g + b * g_b + h * g_h + start * g_t,
-                do + b * do_b + h * do_h + start * do_t, dq + to_k, dk + to_k, dv + ((b * T + start) * H + h) * V, dg + to_k,
-                states + (bh * chunks + first) * (K * V), dstates + (bh * chunks + first) * (K * V), scale, T - first * C, first_key,
+                q, k, v, g, do, dq, dk, dv, dg, states, dstates, scale, T - first * C, first_key,
                 q_t, k_t, v_t, g_t, do_t, H * K, H * V, WITH_DV, K, V, BK, BV, C, BASE, LOGC, LP, IP,
             )  # fmt: skip
 
@@ -674,8 +684,8 @@ def backward_walk_kernel(
         tl.store(flags + bh * chunks + c, steep)
         tl.store(dstates + row * K + col, dstate.to(dstates.dtype.element_ty), mask=inside & (steep != 0))
         dstate = _gentle_gradients(
-            q, k, v, g, do, dq, dk, dv, dg, states, dstates, dstate, scale, T - c * C, 0, q_t, k_t, v_t, g_t, do_t, H * K, H * V,
-            True, True, K, V, BK, BV, C, LP, IP,
+            q, k, v, g, do, dq, dk, dv, dg, states, dstates, dstate, scale, T - c * C, 0,
+            q_t, k_t, v_t, g_t, do_t, H * K, H * V, True, True, K, V, BK, BV, C, LP, IP,
         )  # fmt: skip
         q -= C * q_t
         k -= C * k_t
@@ -706,6 +716,7 @@ def forward(
     """Returns (o, final state or None, states before each chunk or None: what backward may be given)."""
     batch, length, heads, _ = q_bthk.shape
     value_dim = v_bthv.shape[-1]
+    initial_state_bhkv = _state(initial_state_bhkv)
     o = v_bthv.new_empty(batch, length, heads, value_dim)
     final = _state_like(q_bthk, value_dim) if want_state else None
     split = config.forward == "split"
@@ -747,12 +758,13 @@ def backward(
     """Returns (dq, dk, dv, dlog_decay, d_initial_state or None)."""
     batch, length, heads, key_dim = q_bthk.shape
     value_dim = v_bthv.shape[-1]
+    initial_state_bhkv, d_final_state_bhkv = _state(initial_state_bhkv), _state(d_final_state_bhkv)
     cut = _Cut(q_bthk, value_dim, config, config.chunk)
     states = saved
     if states is None:
         states = cut.new_states()
         _walk(cut, k_bthk, v_bthv, log_decay_bthk, 1.0, initial_state_bhkv, None, states, None, reverse=False)
-    d_initial = torch.empty_like(initial_state_bhkv, dtype=torch.float32) if initial_state_bhkv is not None else None
+    d_initial = torch.empty_like(initial_state_bhkv) if initial_state_bhkv is not None else None
     dstates = cut.new_states()
     dq = q_bthk.new_empty(batch, length, heads, key_dim)
     dk = k_bthk.new_empty(batch, length, heads, key_dim)
@@ -849,6 +861,10 @@ def _rows(
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _state(state_bhkv: Tensor | None) -> Tensor | None:
+    return None if state_bhkv is None else state_bhkv.to(torch.float32).contiguous()
 
 
 def _state_like(q_bthk: Tensor, value_dim: int) -> Tensor:
