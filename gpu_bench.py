@@ -23,15 +23,16 @@ def sconf():
 def vconf():
     d=V.default_config(64,64,torch.bfloat16)
     out=[('V','default',d,'fb')]
-    for c,bl in ((64,32),(32,32),(32,16),(64,16)):
-        out.append(('V',f'c{c}b{bl}',replace(d,chunk=c,block=bl),'fb'))
+    for c,bl in ((64,32),(32,32),(128,64)):
+        out.append(('V',f'c{c}b{bl}',replace(d,chunk=c,forward_chunk=min(c,64),block=bl),'fb'))
     for w,s in ((4,1),(4,3),(8,2)): out.append(('V',f'fw{w}s{s}',replace(d,warps=w,stages=s),'f'))
     for w,s in ((4,1),(4,2),(8,1),(8,2)):
         for b in ('fused','split'): out.append(('V',f'b{b}gw{w}s{s}',replace(d,gradient_warps=w,gradient_stages=s,backward=b),'b'))
     for w,s in ((4,2),(4,3),(8,2),(2,2)): out.append(('V',f'ww{w}s{s}',replace(d,walk_warps=w,walk_stages=s,backward='split'),'b'))
     for f in ('split',): out.append(('V',f'fwd{f}',replace(d,forward=f),'f'))
-    out.append(('V','c32split',replace(d,chunk=32,block=32,backward='split'),'fb'))
-    out.append(('V','c32fused',replace(d,chunk=32,block=32,backward='fused'),'fb'))
+    for w,s in ((4,1),(4,2),(4,3),(2,2)): out.append(('V',f'fc32w{w}s{s}',replace(d,forward_chunk=32,block=32,warps=w,stages=s),'f'))
+    out.append(('V','c32split',replace(d,chunk=32,forward_chunk=32,block=32,backward='split'),'fb'))
+    out.append(('V','c32fused',replace(d,chunk=32,forward_chunk=32,block=32,backward='fused'),'fb'))
     return out
 def one(cls,tag,conf,what,shape,timed=True):
     M={'S':S,'V':V}[cls]

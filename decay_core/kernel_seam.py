@@ -45,7 +45,8 @@ def decay_scan(
     these tensors.
 
     log_decay: natural log, (B, T, H) or (B, T, H, K). Returns (o (B, T, H, V), state (B, H, K, V) or None) in fp32 or
-    wider, also under autocast. Source: kernels/decay_scan_naive.py is the definition.
+    wider, also under autocast; a kernel for 16-bit tensors gives o in v's dtype, summed in fp32 and rounded once. Source:
+    kernels/decay_scan_naive.py is the definition.
     """
     with torch.autocast(q_bthk.device.type, enabled=False):
         scan = _SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay).scan

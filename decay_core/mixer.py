@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core import decays, transitions
-from decay_core.decay import DecayPlace
+from decay_core.decay import DecayPlace, wide_dtype
 from decay_core.decoding import LayerState
 from decay_core.layers import Projection, RMSNorm
 from decay_core.position import Angles
@@ -122,7 +122,8 @@ class TokenMixer(nn.Module):
         return self.position.widen_decay(log_decay)
 
     def _gated_output(self, x_btd: Tensor, o_bthv: Tensor) -> Tensor:
-        # o has no scale and grows with the text where λ is near 1: it stays wide until the norm has absorbed that.
-        gated = o_bthv.flatten(-2) * torch.sigmoid(self.output_gate(x_btd)).to(o_bthv.dtype)
+        # o has no scale and grows with the text where λ is near 1: gate and norm are wide, also where a kernel gave 16 bits.
+        o_btd = o_bthv.flatten(-2).to(wide_dtype(o_bthv.dtype))
+        gated = o_btd * torch.sigmoid(self.output_gate(x_btd)).to(o_btd.dtype)
         y_btd: Tensor = self.output(self.norm(gated).to(x_btd.dtype))
         return y_btd

@@ -6,11 +6,23 @@ wanted.
 Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.py and triton_vector.py.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from kernels import triton_scalar, triton_vector
+from kernels.triton_scalar import backward as scalar_backward
+from kernels.triton_scalar import default_config as scalar_config
+from kernels.triton_scalar import forward as scalar_forward
+from kernels.triton_scalar import saved_like as scalar_saved_like
+from kernels.triton_toolchain import choose_ptxas
+from kernels.triton_vector import backward as vector_backward
+from kernels.triton_vector import default_config as vector_config
+from kernels.triton_vector import forward as vector_forward
+from kernels.triton_vector import saved_like as vector_saved_like
 
+choose_ptxas()  # before the first kernel is compiled
 LARGEST_DIM, DIM_STEP = 256, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,7 +38,7 @@ def decay_scan_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V) in fp32 or None).
 
-    q, k, v: fp32, fp16 or bf16, one dtype for all; K and V multiples of 8 up to 256. log_decay: natural log of λ, (B, T, H) or
+    q: fp32, fp16 or bf16, in which k and v are taken too; K and V multiples of 8 up to 256. log_decay: natural log of λ, (B, T, H) or
     (B, T, H, K), read as fp32; -inf is λ = 0. Any B >= 0 and T >= 0. Differentiable in every tensor, states included.
     """
     batch, length, heads, key_dim = q_bthk.shape
@@ -37,7 +49,8 @@ def decay_scan_triton(
         return torch.zeros_like(v_bthv), state.float() if output_final_state else None
     tensors = (q_bthk, k_bthk, v_bthv, log_decay, initial_state_bhkv)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_bthk, k_bthk, v_bthv))
+    q, k, v = (x.to(q_bthk.dtype) for x in (q_bthk, k_bthk, v_bthv))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     o, state, *_ = _forward(q, k, v, _wide(log_decay), initial_state_bhkv, scale, output_final_state, keep)
     return o, state if output_final_state else None
 
@@ -58,11 +71,24 @@ def _wide(log_decay: Tensor) -> Tensor:
     return log_decay.contiguous() if log_decay.dim() == 4 and log_decay.stride(-1) != 1 else log_decay
 
 
-def _kernels(log_decay: Tensor):
-    return triton_vector if log_decay.dim() == 4 else triton_scalar
+class _Kernels(NamedTuple):
+    """The launchers of one granularity."""
+
+    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+    default_config: Callable[..., Any]
+    saved_like: Callable[..., tuple[tuple[int, ...], torch.dtype]]
 
 
-def _config(q: Tensor, v: Tensor, log_decay: Tensor):
+_SCALAR = _Kernels(scalar_forward, scalar_backward, scalar_config, scalar_saved_like)
+_VECTOR = _Kernels(vector_forward, vector_backward, vector_config, vector_saved_like)
+
+
+def _kernels(log_decay: Tensor) -> _Kernels:
+    return _VECTOR if log_decay.dim() == 4 else _SCALAR
+
+
+def _config(q: Tensor, v: Tensor, log_decay: Tensor) -> Any:
     return _kernels(log_decay).default_config(q.shape[-1], v.shape[-1], q.dtype)
 
 

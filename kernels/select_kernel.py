@@ -1,7 +1,7 @@
 """Chooses the implementation of the decay scan and of the delta scan for a device, a dtype and a shape, and says why.
 
-The environment variable DECAY_KERNEL (`naive` or `chunked`) overrides the choice for both, for finding out whether a
-kernel is at fault.
+On a GPU, 16-bit queries get the Triton decay scan; the delta scan has none yet. The environment variable DECAY_KERNEL (`naive` or
+`chunked`, and for the decay scan `triton`) overrides the choice for both, for finding out whether a kernel is at fault.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels.decay_scan_chunked import CHUNK as DECAY_CHUNK
@@ -20,6 +21,7 @@ from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
 
 OVERRIDE = "DECAY_KERNEL"
+HALF = (torch.float16, torch.bfloat16)  # fp32 queries go to the chunked scan: the kernels were not timed for them
 Scan = Callable[..., tuple[Tensor, Tensor | None]]
 _DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
 _DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
@@ -41,7 +43,16 @@ class Choice:
 def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> Choice:
     """Returns the decay scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
     what = _described(q_bthk, v_bthv, log_decay)
-    return _choose("decay scan", _DECAY_SCANS, f"plain torch in chunks of {DECAY_CHUNK} serves {what}")
+    wanted, scans = os.environ.get(OVERRIDE), _DECAY_SCANS
+    if wanted == "triton" or (wanted is None and q_bthk.is_cuda and q_bthk.dtype in HALF):
+        scan, refusal = _triton_scan(q_bthk, v_bthv)
+        if scan is None and wanted is not None:
+            raise ValueError(f"{OVERRIDE}={wanted}: {refusal}; unset it")
+        if scan is not None and wanted is None:
+            return Choice(recurrence="decay scan", name="triton", scan=scan, reason=f"our Triton kernels serve {what}")
+        scans = scans if scan is None else {**scans, "triton": scan}
+        what += f"; {refusal}" if refusal else ""
+    return _choose("decay scan", scans, f"plain torch in chunks of {DECAY_CHUNK} serves {what}")
 
 
 def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:
@@ -57,6 +68,16 @@ def _choose(recurrence: str, scans: dict[str, Scan], reason: str) -> Choice:
     if wanted not in scans:
         raise ValueError(f"{OVERRIDE}={wanted}: unknown {recurrence}; set it to one of {', '.join(scans)} or unset it")
     return Choice(recurrence=recurrence, name=wanted, scan=scans[wanted], reason=f"{OVERRIDE} asks for it")
+
+
+def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | None]:
+    """(the Triton scan, None), or (None, why it cannot serve these tensors)."""
+    try:
+        from kernels.decay_scan_triton import decay_scan_triton, refusal
+    except ImportError:
+        return None, "Triton is not installed"
+    reason = refusal(q_bthk, v_bthv)
+    return (decay_scan_triton, None) if reason is None else (None, reason)
 
 
 def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:

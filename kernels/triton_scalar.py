@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHECKPOINT = 8
+NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 LOG2_FLOOR = tl.constexpr(-150.0)
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -85,7 +86,7 @@ def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(NARROWEST, triton.next_power_of_2(dim))
 
 
 @triton.jit

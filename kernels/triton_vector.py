@@ -37,6 +37,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_ZERO = tl.constexpr(-150.0)  # 2^-150 is 0 in fp32
 HALF_RANGE = tl.constexpr(100.0)  # decayed operands stay within 2^±100 of the given ones, which fits bf16 and fp32
 GROUP = 16  # chunks that one program of an exact launch looks at
+NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 
 
 @dataclass(frozen=True)
@@ -807,9 +808,9 @@ class _Cut:
         self.config, self.device, self.chunk = config, q_bthk.device, chunk
         self.batch_heads, self.key_dim, self.value_dim = batch * heads, key_dim, value_dim
         self.chunks = triton.cdiv(length, chunk)
-        self.whole_k = max(16, triton.next_power_of_2(key_dim))
+        self.whole_k = max(NARROWEST, triton.next_power_of_2(key_dim))
         self.block_k = min(config.key_block, self.whole_k)
-        self.block_v = min(config.value_block, max(16, triton.next_power_of_2(value_dim)))
+        self.block_v = min(config.value_block, max(NARROWEST, triton.next_power_of_2(value_dim)))
         bf16 = q_bthk.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if bf16 else torch.float32
         # triton's interpreter multiplies bf16 tiles wrongly
