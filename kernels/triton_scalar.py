@@ -76,13 +76,11 @@ class Config:
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
     """Returns a configuration that is right for these dims; the fastest ones are the caller's to know."""
     if dtype == torch.float32:
-        launch = Launch(chunk=32, warps=4, stages=1, block_k=64, block_v=32 if key_dim > 64 else 64)
+        launch = Launch(chunk=32, warps=4, stages=1, block_k=32, block_v=32)
         return Config(policy="states", forward=launch, backward=launch)
     large = key_dim > 64 or value_dim > 64
-    blocks = {"block_k": min(256, _padded(key_dim)), "block_v": 64} if large else {}
-    forward = Launch(chunk=64, warps=8 if large else 4, stages=2 if large else 3, **blocks)
-    blocks = {"block_k": 128, "block_v": 64} if large else {}
-    return Config(policy="states", forward=forward, backward=Launch(chunk=64, warps=8 if large else 4, stages=1, **blocks))
+    forward = Launch(chunk=64, warps=4, stages=2 if large else 3, block_k=128 if large else 64)
+    return Config(policy="states", forward=forward, backward=Launch(chunk=64, warps=4, stages=1))
 
 
 def _padded(dim: int) -> int:
@@ -306,6 +304,7 @@ def _backward_kernel(
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         total = tl.exp2(whole_total + fraction_total)
         d_rounded = d_state.to(LP)
+        around = total * tl.sum(tl.sum(state * d_state, 1), 0)
 
         scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
         values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
@@ -335,7 +334,6 @@ def _backward_kernel(
             inside = tl.sum(dq_c * qc, 1) - k_dk
         _put(dq_base, dk_offsets, rows, ck, left, dq_c, K, BLOCK_K)
 
-        around = total * tl.sum(tl.sum(state * d_state, 1), 0)
         if SPLIT:
             left_before = tl.sum(tl.where(rows[:, None] < rows[None, :], leaving[:, None], 0.0), 0)
             d_decay = tl.cumsum(inside, 0, reverse=True) + left_before + around
