@@ -186,7 +186,8 @@ def test_a_warm_worker_gives_the_same_bits_in_any_order(ray_head, write_study, d
 
 def test_sigterm_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, left, wait):
     storage = tmp_path / "runs"
-    path = write_study("stop", decays=("hgrn2",), steps=400, recipe={"checkpoint_every": 100})
+    # long enough that no machine finishes it before the signal has been heard
+    path = write_study("stop", decays=("hgrn2",), steps=4000, recipe={"checkpoint_every": 100})
     arguments = ("run", str(path), "--storage", str(storage))
     driver = decay(*arguments, address=ray_head["address"], log="stopped.log")
     stopped = left(storage, "stop")
