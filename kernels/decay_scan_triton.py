@@ -38,8 +38,9 @@ def decay_scan_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V) in fp32 or None).
 
-    q: fp32, fp16 or bf16, in which k and v are taken too; K and V multiples of 8 up to 256. log_decay: natural log of λ, (B, T, H) or
-    (B, T, H, K), read as fp32; -inf is λ = 0. Any B >= 0 and T >= 0. Differentiable in every tensor, states included.
+    q: fp32, fp16 or bf16, in which k and v are taken too; K and V multiples of 8 up to 256. log_decay: natural log of λ,
+    (B, T, H) or (B, T, H, K), read as fp32; -inf is λ = 0. Any B >= 0 and T >= 0. Differentiable in every tensor, states
+    included.
     """
     batch, length, heads, key_dim = q_bthk.shape
     if 0 in (batch, length, heads):

@@ -1,7 +1,8 @@
 """Chooses the implementation of the decay scan and of the delta scan for a device, a dtype and a shape, and says why.
 
-On a GPU, 16-bit queries get the Triton decay scan; the delta scan has none yet. The environment variable DECAY_KERNEL (`naive` or
-`chunked`, and for the decay scan `triton`) overrides the choice for both, for finding out whether a kernel is at fault.
+On a GPU, 16-bit queries get the Triton decay scan; the delta scan has none yet. The environment variable DECAY_KERNEL
+(`naive` or `chunked`, and for the decay scan `triton`) overrides the choice for both, for finding out whether a kernel is at
+fault.
 """
 
 from __future__ import annotations

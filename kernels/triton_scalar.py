@@ -767,4 +767,5 @@ def saved_like(q_bthk: Tensor, v_bthv: Tensor, config: Config) -> tuple[tuple[in
         return (0,), q_bthk.dtype
     walk = _Walk.of(config.forward, q_bthk, v_bthv, 1.0)
     batch, _, heads, key_dim = q_bthk.shape
-    return (batch * walk.segments * heads, triton.cdiv(walk.length, config.forward.chunk), key_dim, walk.value_dim), q_bthk.dtype
+    chunks = triton.cdiv(walk.length, config.forward.chunk)
+    return (batch * walk.segments * heads, chunks, key_dim, walk.value_dim), q_bthk.dtype

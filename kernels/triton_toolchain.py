@@ -1,8 +1,8 @@
 """Which assembler Triton may use on a Hopper GPU: chosen once, before the first kernel is compiled.
 
-What is surprising: the ptxas that Triton 3.6 and 3.7 carry (12.8) miscompiles kernels with many products on Hopper, some into wrong
-numbers, some into invalid memory accesses. A newer one is looked for where pip and CUDA put it; where there is none, a warning says
-so, and only shapes that were found right with the old one are served (decay_scan_triton.py).
+What is surprising: the ptxas that Triton 3.6 and 3.7 carry (12.8) miscompiles kernels with many products on Hopper, some into
+wrong numbers, some into invalid memory accesses. A newer one is looked for where pip and CUDA put it; where there is none, a
+warning says so.
 Source: triton-lang/triton issues 9433, 10486 and 11781; flash-linear-attention issues 640 and 1262.
 """
 

@@ -1,4 +1,4 @@
-"""The Triton scans on a GPU against the definition in float64: outputs and every gradient, by dtype, shape and kind of decay."""
+"""The Triton scans on a GPU against the definition in float64: outputs and gradients, by dtype, shape and kind of decay."""
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_operators_keep_torchs_rules_and_compile_whole(vector):
 
 @needs_gpu
 def test_the_kernels_are_chosen_for_16_bit_tensors_they_can_serve_and_the_choice_is_explained():
-    q, k, v, g, _ = inputs(False)
+    q, _k, v, g, _ = inputs(False)
     assert kernel_seam.explain_decay_scan(q, v, g).startswith("decay scan: triton (our Triton kernels serve scalar decay, K=64")
     for other in (q.float(), q[..., :60]):
         assert kernel_seam.explain_decay_scan(other, v, g).startswith("decay scan: chunked")
