@@ -74,7 +74,7 @@ class VectorConfig:
 
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
     if key_dim <= 64:
-        return VectorConfig(forward_chunk=32, registers=168)
+        return VectorConfig(forward_chunk=32, stages=3)
     if key_dim <= 128:
         return VectorConfig(forward_chunk=32, warps=8)
     return VectorConfig(forward="split")
