@@ -125,7 +125,7 @@ def main():
     reports = {}
     for case, (gate, shape, dtype, fields) in CASES.items():
         q, k, v, do, log_decay, initial, d_final = inputs(gate, shape, dtype)
-        config = VectorConfig(**fields) if fields else default_config(shape[3], shape[4])
+        config = VectorConfig(**fields) if fields else default_config(shape[3], shape[4], getattr(torch, dtype))
         scale = shape[3] ** -0.5
         o, final, saved = forward(q, k, v, log_decay, scale, initial, True, True, config)
         gradients = backward(q, k, v, log_decay, scale, initial, saved, do, d_final, config)
