@@ -59,6 +59,15 @@ def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> str
     return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay))
 
 
+def gated_norm(o_btd: Tensor, gate_btd: Tensor, gain_d: Tensor, eps: float) -> Tensor:
+    """√d x / √(Σ x² + eps) ⊙ gain with x = o ⊙ σ(gate), over the last axis: (..., d) in fp32 or wider, or, from a kernel for
+    16-bit gates, in the gate's dtype. Source: kernels/gated_norm_naive.py is the definition.
+    """
+    with torch.autocast(o_btd.device.type, enabled=False):
+        y_btd: Tensor = _SELECTOR.select_gated_norm(o_btd, gate_btd).scan(o_btd, gate_btd, gain_d, eps)
+    return y_btd
+
+
 def delta_scan(
     q_bthk: Tensor,
     k_bthk: Tensor,

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core import decays, transitions
-from decay_core.decay import DecayPlace, wide_dtype
+from decay_core.decay import DecayPlace
 from decay_core.decoding import LayerState
-from decay_core.layers import Projection, RMSNorm
+from decay_core.kernel_seam import gated_norm
+from decay_core.layers import NORM_EPS, Projection, RMSNorm
 from decay_core.position import Angles
 
 LogDecayObserver = Callable[[int, Tensor], None]
@@ -39,6 +40,13 @@ class Bottleneck(nn.Module):
         return up
 
 
+class GatedNorm(RMSNorm):
+    """RMSNorm(o ⊙ σ(gate)) over the whole width, in fp32 or wider where plain torch computes it, else in the gate's dtype."""
+
+    def forward(self, o_btd: Tensor, gate_btd: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_norm(o_btd, gate_btd, self.gain, NORM_EPS)
+
+
 class TokenMixer(nn.Module):
     """Linear attention with the decay of one design point. Call: x (B, T, d) -> (B, T, d)."""
 
@@ -53,7 +61,7 @@ class TokenMixer(nn.Module):
         self.activation = self._activation(width)
         self.transition = transitions.get(place.point.transition)(place)
         self.position = self.transition.encoding(place)
-        self.norm = RMSNorm(width, inner_gain)
+        self.norm = GatedNorm(width, inner_gain)
 
     def _activation(self, width: int) -> nn.Module | None:
         """The map from x to the decay's f; None where the shared key is f or the decay reads no input."""
@@ -123,7 +131,6 @@ class TokenMixer(nn.Module):
 
     def _gated_output(self, x_btd: Tensor, o_bthv: Tensor) -> Tensor:
         # o has no scale and grows with the text where λ is near 1: gate and norm are wide, also where a kernel gave 16 bits.
-        o_btd = o_bthv.flatten(-2).to(wide_dtype(o_bthv.dtype))
-        gated = o_btd * torch.sigmoid(self.output_gate(x_btd)).to(o_btd.dtype)
-        y_btd: Tensor = self.output(self.norm(gated).to(x_btd.dtype))
+        gated = self.norm(o_bthv.flatten(-2), self.output_gate(x_btd))
+        y_btd: Tensor = self.output(gated.to(x_btd.dtype))
         return y_btd

@@ -1,4 +1,4 @@
-"""Chooses the implementation of the decay scan and of the delta scan for a device, a dtype and a shape, and says why.
+"""Chooses the implementation of the scans and of the gated norm for a device, a dtype and a shape, and says why.
 
 On a GPU, 16-bit queries get the Triton decay scan; the delta scan has none yet. The environment variable DECAY_KERNEL
 (`naive` or `chunked`, and for the decay scan `triton`) overrides the choice for both, for finding out whether a kernel is at
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from kernels.decay_scan_naive import decay_scan_naive
 from kernels.delta_scan_chunked import CHUNK as DELTA_CHUNK
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
+from kernels.gated_norm_naive import gated_norm_naive
 
 OVERRIDE = "DECAY_KERNEL"
 HALF = (torch.float16, torch.bfloat16)  # fp32 queries go to the chunked scan: the kernels were not timed for them
-Scan = Callable[..., tuple[Tensor, Tensor | None]]
+Scan = Callable[..., Any]
 _DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
 _DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
 
@@ -60,6 +62,19 @@ def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) 
     """Returns the delta scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
     what = _described(q_bthk, v_bthv, log_decay)
     return _choose("delta scan", _DELTA_SCANS, f"plain torch in chunks of {DELTA_CHUNK} serves {what}")
+
+
+def select_gated_norm(o_btd: Tensor, gate_btd: Tensor) -> Choice:
+    """Returns the gate with its norm for these tensors: fused for 16-bit gates on a GPU, unless DECAY_KERNEL says otherwise."""
+    wanted = os.environ.get(OVERRIDE, "triton" if gate_btd.is_cuda else "naive")
+    if wanted == "triton" and gate_btd.is_cuda and gate_btd.dtype in HALF:
+        try:
+            from kernels.gated_norm_triton import WIDEST, gated_norm_triton
+        except ImportError:
+            return Choice(recurrence="gated norm", name="naive", scan=gated_norm_naive, reason="Triton is not installed")
+        if gate_btd.shape[-1] <= WIDEST:
+            return Choice(recurrence="gated norm", name="triton", scan=gated_norm_triton, reason="one kernel each way")
+    return Choice(recurrence="gated norm", name="naive", scan=gated_norm_naive, reason=f"plain torch on {o_btd.device.type}")
 
 
 def _choose(recurrence: str, scans: dict[str, Scan], reason: str) -> Choice:
