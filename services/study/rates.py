@@ -23,7 +23,7 @@ from services.study.plan import CPU_GFLOPS_PER_THREAD, GPU_GFLOPS, Plan, Trial
 from services.study.storage import Storage
 
 CPU = "cpu"
-# What the plain torch scan reaches of an H100's dense bf16 speed (services/study/plan.py says how it was measured).
+# What our Triton scan reaches of an H100's dense bf16 speed (services/study/plan.py says how it was measured).
 ASSUMED_MFU = GPU_GFLOPS / 1000 / ACCELERATORS["H100"].tflops
 
 
@@ -87,7 +87,7 @@ def assumed_rate(plan: Plan, gpu: Accelerator | None, mfu: float | None) -> Rate
         given = resources.assumed_gflops_per_worker is not None
         return Rate(gflops=plan.gflops_per_worker, kind="assumed", source=_said(plan, given))
     share = min(resources.gpus_per_worker or 1.0, 1.0)
-    why = "--mfu" if mfu is not None else "what the plain torch scan reaches on an H100; --mfu sets another"
+    why = "--mfu" if mfu is not None else "what our Triton scan reaches on an H100; --mfu sets another"
     used = ASSUMED_MFU if mfu is None else mfu
     return Rate(gflops=gpu.tflops * 1000 * share * used, kind=f"MFU {used:.1%}", source=f"of {gpu.tflops:g} TFLOP/s, {why}")
 
