@@ -1,7 +1,8 @@
 """Chooses the implementation of the scans and of the gated norm for a device, a dtype and a shape, and says why.
 
-On a GPU, 16-bit queries get the Triton decay scan; the delta scan has none yet. The environment variable DECAY_KERNEL
-(`naive` or `chunked`, and for the decay scan `triton`) overrides the choice for both, for finding out whether a kernel is at
+On a Hopper GPU, where our Triton kernels were compared with their definitions, 16-bit tensors get them; other GPUs get plain
+torch unless asked, since nobody has looked there. The delta scan has no kernel yet. The environment variable DECAY_KERNEL
+(`naive` or `chunked`, and for the decay scan `triton`) overrides the choice for all, for finding out whether a kernel is at
 fault.
 """
 
@@ -22,6 +23,7 @@ from kernels.delta_scan_chunked import CHUNK as DELTA_CHUNK
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
 from kernels.gated_norm_naive import gated_norm_naive
+from kernels.triton_toolchain import on_hopper
 
 OVERRIDE = "DECAY_KERNEL"
 HALF = (torch.float16, torch.bfloat16)  # fp32 queries go to the chunked scan: the kernels were not timed for them
@@ -47,7 +49,7 @@ def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> Choi
     """Returns the decay scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
     what = _described(q_bthk, v_bthv, log_decay)
     wanted, scans = os.environ.get(OVERRIDE), _DECAY_SCANS
-    if wanted == "triton" or (wanted is None and q_bthk.is_cuda and q_bthk.dtype in HALF):
+    if wanted == "triton" or (wanted is None and q_bthk.dtype in HALF and on_hopper(q_bthk)):
         scan, refusal = _triton_scan(q_bthk, v_bthv)
         if scan is None and wanted is not None:
             raise ValueError(f"{OVERRIDE}={wanted}: {refusal}; unset it")
@@ -65,8 +67,8 @@ def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) 
 
 
 def select_gated_norm(o_btd: Tensor, gate_btd: Tensor) -> Choice:
-    """Returns the gate with its norm for these tensors: fused for 16-bit gates on a GPU, unless DECAY_KERNEL says otherwise."""
-    wanted = os.environ.get(OVERRIDE, "triton" if gate_btd.is_cuda else "naive")
+    """Returns the gate with its norm for these tensors: fused for 16-bit gates on Hopper, unless DECAY_KERNEL differs."""
+    wanted = os.environ.get(OVERRIDE, "triton" if on_hopper(gate_btd) else "naive")
     if wanted == "triton" and gate_btd.is_cuda and gate_btd.dtype in HALF:
         try:
             from kernels.gated_norm_triton import WIDEST, gated_norm_triton

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 VARIABLE = "TRITON_PTXAS_PATH"
 SAFE = (13, 1)
@@ -42,6 +43,11 @@ def choose_ptxas() -> str:
     )
     log.warning(said)
     return said
+
+
+def on_hopper(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a GPU of the kind on which the kernels were checked."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == HOPPER
 
 
 def _candidates() -> list[Path]:

@@ -25,9 +25,9 @@ from services.study.file import Data, Study, StudyError, VariedRecipe, spelled
 from services.study.match import matched
 from services.study.storage import canonical_json
 
-# Sustained rates used for estimates, as benchmarks/step_rate.py measures them: one CPU thread of two busy ones at nano size with
-# the chunked scan, and an H100 in bf16 at 160M to 410M with the Triton scan (the delta rule has no kernel yet and is slower).
-# `resources.assumed_gflops_per_worker` replaces them.
+# Sustained rates used for estimates, as benchmarks/step_rate.py measures them: one CPU thread of two busy ones at nano size
+# with the chunked scan, and an H100 in bf16 at 160M to 410M with the Triton scan (the delta rule has no kernel yet and is
+# slower). `resources.assumed_gflops_per_worker` replaces them.
 CPU_GFLOPS_PER_THREAD = 30.0
 GPU_GFLOPS = 130_000.0
 # A Train group costs 16-23 s to start and stop, a warm worker 0.3 s: below this length the warm pool is worth it.
