@@ -10,14 +10,28 @@ Source: kernels/decay_source.py is the definition.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 LOG2_FLOOR = tl.constexpr(-150.0)
 KINDS = {"log": 0, "softplus": 1, "floor": 2}  # a kernel's KIND
+
+
+class Gradients(NamedTuple):
+    """What a backward launch returns: dx in the source's dtype, the others None where there was no such input."""
+
+    dq: Tensor
+    dk: Tensor | None
+    dv: Tensor
+    dx: Tensor
+    dgain: Tensor | None
+    doffset: Tensor | None
+    d_initial: Tensor | None
 
 
 @triton.jit
