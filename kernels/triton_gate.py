@@ -23,15 +23,18 @@ KINDS = {"log": 0, "softplus": 1, "floor": 2}  # a kernel's KIND
 
 
 class Gradients(NamedTuple):
-    """What a backward launch returns: dx in the source's dtype, the others None where there was no such input."""
+    """What a scan's backward launcher returns, each in its input's shape and dtype; None for what was not given.
 
-    dq: Tensor
-    dk: Tensor | None
-    dv: Tensor
-    dx: Tensor
-    dgain: Tensor | None
-    doffset: Tensor | None
-    d_initial: Tensor | None
+    x, gain and offset are those of the DecaySource; a gain or an offset that its formula does not use has None.
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    x: Tensor
+    gain: Tensor | None
+    offset: Tensor | None
+    initial_state: Tensor | None
 
 
 @triton.jit
