@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_gate import input_gradient, shared_key
+from kernels.triton_gate import input_gradient, lambda_of, shared_key
 from kernels.triton_vector_tiles import (
     HALF_RANGE,
     after,
@@ -42,13 +42,13 @@ def _store_decay_gradient(
     KIND: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of log λ to those of x and, summed over the chunk, of gain and offset. Loads x once more."""
-    tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
+    tile_x = load_tile(x, x_t, first_key, left, C, K, BK).to(tl.float32)
     tile_gain = load_row(gain, first_key, 1.0, K, BK)
     tile_offset = load_row(offset, first_key, 0.0, K, BK)
     log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
     if SHARED:
-        d_log -= tl.exp2(log2) * tile_dk  # k = 1 - λ
-    d_x, d_gain, d_offset = input_gradient(d_log, tile_x.to(tl.float32), tile_gain, tile_offset, slope, log2, KIND)
+        d_log -= lambda_of(tile_x, tile_offset, slope, log2, KIND) * tile_dk  # k = 1 - λ
+    d_x, d_gain, d_offset = input_gradient(d_log, tile_x, tile_gain, tile_offset, slope, log2, KIND)
     store_tile(dx, dx_t, first_key, left, d_x, C, K, BK)
     columns = first_key + tl.arange(0, BK)
     here = mask_of(first_key, left, C, K, BK)
