@@ -3,7 +3,9 @@
 What is surprising:
 - log λ is taken in base 2 and held at -150 and above: 2^-150 is 0 in fp32, so λ = 0 is exact and nothing is inf - inf. Where
   it is held, the gradient is 0.
-- Near λ = 1 neither log(1 + e) nor 1 - λ is computed as written: both have a short series there.
+- Near λ = 1 neither log(1 + e) nor 1 - λ is computed as written: both have a short series there. FAST leaves out that of
+  log(1 + e), whose error is then that of 1 + e in fp32, 6e-8, and takes the GPU's approximate logarithm: enough where λ only
+  weighs 16-bit numbers. Triton's interpreter has no such instruction.
 Source: kernels/decay_source.py is the definition.
 """
 
@@ -56,12 +58,32 @@ def softplus(y):
 
 
 @triton.jit
-def log2_decay(x, gain, offset, slope, KIND: tl.constexpr):
+def _fast_log2(x):
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _fast_reciprocal(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def log2_decay(x, gain, offset, slope, KIND: tl.constexpr, FAST: tl.constexpr = False):
     """log2 λ >= -150 from a fp32 tile x. gain and offset have x's shape or broadcast to it: 1 and 0 where there is none."""
     if KIND == 0:
         log2 = x * LOG2_E
     elif KIND == 1:
-        log2 = softplus(slope * x + offset) * (gain * -LOG2_E)
+        if FAST:
+            y = x * (slope * LOG2_E) + offset * LOG2_E
+            log2 = (tl.maximum(y, 0.0) + _fast_log2(1.0 + tl.exp2(-tl.abs(y)))) * -gain
+        else:
+            log2 = softplus(slope * x + offset) * (gain * -LOG2_E)
+    elif FAST:
+        # 1 - λ where λ is near 1, and λ elsewhere
+        forgotten = (1.0 - offset) * _fast_reciprocal(1.0 + tl.exp2(x * (slope * LOG2_E)))
+        log2 = tl.where(forgotten < 1e-3, forgotten * (-LOG2_E - 0.5 * LOG2_E * forgotten), _fast_log2(1.0 - forgotten))
+        kept = offset + (1.0 - offset) * _fast_reciprocal(1.0 + tl.exp2(x * (-slope * LOG2_E)))
+        log2 = tl.where(forgotten > 0.5, _fast_log2(kept), log2)
     else:
         forgotten = (1.0 - offset) * _sigmoid(-slope * x)
         # log1p(-y) for y < 1/2; the floor keeps the other branch away from log 0 except where λ is 0 itself
@@ -72,15 +94,21 @@ def log2_decay(x, gain, offset, slope, KIND: tl.constexpr):
 
 
 @triton.jit
-def input_gradient(d_log, x, gain, offset, slope, log2, KIND: tl.constexpr):
+def input_gradient(d_log, x, gain, offset, slope, log2, KIND: tl.constexpr, FAST: tl.constexpr = False):
     """(dx, dgain, doffset) per entry from d log λ ; log2 is what log2_decay gave. Sums over tokens are the caller's."""
     d_log = tl.where(log2 > LOG2_FLOOR, d_log, 0.0)
     if KIND == 0:
         return d_log, d_log, d_log
     elif KIND == 1:
-        y = slope * x + offset
-        d_y = -gain * _sigmoid(y) * d_log
-        return slope * d_y, -softplus(y) * d_log, d_y
+        if FAST:
+            y = x * (slope * LOG2_E) + offset * LOG2_E
+            sigmoid = _fast_reciprocal(1.0 + tl.exp2(-y))
+            step = (tl.maximum(y, 0.0) + _fast_log2(1.0 + tl.exp2(-tl.abs(y)))) * LN_2
+        else:
+            sigmoid = _sigmoid(slope * x + offset)
+            step = softplus(slope * x + offset)
+        d_y = -gain * sigmoid * d_log
+        return slope * d_y, -step * d_log, d_y
     else:
         opened = _sigmoid(slope * x)
         closed = _sigmoid(-slope * x)
@@ -89,7 +117,9 @@ def input_gradient(d_log, x, gain, offset, slope, log2, KIND: tl.constexpr):
 
 
 @triton.jit
-def shared_key(log2):
+def shared_key(log2, FAST: tl.constexpr = False):
     """k = 1 - λ from log2 λ."""
     z = log2 * LN_2
+    if FAST:
+        return tl.where(z > -2e-3, -z * (1.0 + 0.5 * z), 1.0 - tl.exp2(log2))
     return tl.where(z > -0.05, -z * (1.0 + z * (0.5 + z * (0.16666667 + 0.041666667 * z))), 1.0 - tl.exp2(log2))

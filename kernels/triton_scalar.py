@@ -249,7 +249,7 @@ def _forward_kernel(
         v_base += CHUNK * v_t * ALIGN
         g_base += CHUNK * g_t
         o_base += CHUNK * heads * V
-    if final is not None:  # noqa: SIM102
+    if final is not None:
         if segment == segments - 1:
             _put_state(final + (batch * heads + head) * (K * V), ck, cv, state, K, V, BLOCK_K, BLOCK_V)
 
@@ -352,7 +352,7 @@ def _backward_kernel(
         dv_base -= CHUNK * heads * V
         dg_base -= CHUNK * heads
         saved_base -= K * V
-    if d_initial is not None:  # noqa: SIM102
+    if d_initial is not None:
         if segment == 0:
             _put_state(d_initial + (batch * heads + head) * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
 
@@ -511,7 +511,7 @@ def _dkv_kernel(
         dk_base -= CHUNK * heads * K
         dv_base -= CHUNK * heads * V
         dg_base -= CHUNK * heads
-    if d_initial is not None:  # noqa: SIM102
+    if d_initial is not None:
         if segment == 0:
             _put_state(d_initial + (batch * heads + head) * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
 
