@@ -87,6 +87,26 @@ def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorCo
     return VectorConfig(walk_stages=2 if dtype == torch.float32 else 3)
 
 
+def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[VectorConfig]:
+    """What benchmarks/tune_kernels.py tries: configurations that compile with few spills for Hopper, the likeliest first."""
+    if dtype == torch.float32:
+        return [VectorConfig(chunk=chunk, walk_stages=stages) for chunk in (32, 16, 64) for stages in (2, 1)]
+    if key_dim <= 64:
+        narrow = [VectorConfig(walk_stages=stages) for stages in (3, 2)]
+        return [*narrow, VectorConfig(walk_registers=168), VectorConfig(gradient_registers=208), VectorConfig(chunk=32)]
+    whole = {"walk_key_block": 128} if key_dim <= 128 else {}
+    pieces = [VectorConfig(), VectorConfig(chunk=32), VectorConfig(walk_registers=168)]
+    if not whole:
+        return pieces
+    return [
+        VectorConfig(walk_warps=8, walk_stages=2, **whole),
+        *(VectorConfig(chunk=32, walk_warps=8, walk_stages=stages, **whole) for stages in (2, 3)),
+        VectorConfig(chunk=32, walk_warps=8, walk_stages=2, gradient_key_block=128, gradient_warps=8, **whole),
+        VectorConfig(chunk=32, walk_stages=2, **whole),
+        *pieces,
+    ]
+
+
 def forward(
     q_bthk: Tensor,
     k_bthk: Tensor | None,
