@@ -10,14 +10,31 @@ Source: kernels/decay_source.py is the definition.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 LOG2_FLOOR = tl.constexpr(-150.0)
 KINDS = {"log": 0, "softplus": 1, "floor": 2}  # a kernel's KIND
+
+
+class Gradients(NamedTuple):
+    """What a scan's backward launcher returns, each in its input's shape and dtype; None for what was not given.
+
+    x, gain and offset are those of the DecaySource; a gain or an offset that its formula does not use has None.
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    x: Tensor
+    gain: Tensor | None
+    offset: Tensor | None
+    initial_state: Tensor | None
 
 
 @triton.jit
