@@ -70,6 +70,17 @@ def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySour
     return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, decay))
 
 
+def explain_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:
+    """(the configuration of the kernels that `decay_scan` would launch, where it comes from); None where it launches none."""
+    found: tuple[str, str] | None = _SELECTOR.scan_configuration(q_bthk, v_bthv, decay)
+    return found
+
+
+def explain_toolchain() -> str:
+    """One line: which assembler the kernels are compiled with here, and why."""
+    return str(_SELECTOR.toolchain())
+
+
 def fuses(q_bthk: Tensor, v_bthv: Tensor, source: DecaySource) -> bool:
     """Whether the implementation for these tensors takes a DecaySource without forming log λ. Elsewhere log λ is formed
     anyway, and a caller may as well form it by its own formula."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from kernels.delta_scan_chunked import CHUNK as DELTA_CHUNK
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
 from kernels.gated_norm_naive import gated_norm_naive
-from kernels.triton_toolchain import on_hopper
+from kernels.triton_toolchain import choose_ptxas, on_hopper
 
 OVERRIDE = "DECAY_KERNEL"
 HALF = (torch.float16, torch.bfloat16)
@@ -79,6 +79,25 @@ def fuses(q_bthk: Tensor, v_bthv: Tensor, source: DecaySource) -> bool:
     return _decay_scan(q_bthk, v_bthv)[0] == "triton"
 
 
+def scan_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:
+    """(fields of the configuration that the Triton scan would take, where it comes from); None for a scan in plain torch."""
+    if _decay_scan(q_bthk, v_bthv)[0] != "triton":
+        return None
+    from kernels.decay_scan_triton import architecture_of, chosen_config, policy
+
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    sizes = ("vector" if x.dim() == 4 else "scalar", q_bthk.shape[-1], v_bthv.shape[-1], q_bthk.dtype)
+    config, origin = chosen_config(architecture_of(q_bthk.device), *sizes, policy())
+    return _fields(config), origin
+
+
+def _fields(config: Any) -> str:
+    """A dataclass in one line, without fields that are None."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    inner = {name: f"({_fields(value)})" if is_dataclass(value) else value for name, value in given.items()}
+    return ", ".join(f"{name} {value}" for name, value in inner.items() if value is not None)
+
+
 def _decay_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
     """(name, scan, why it is not the Triton scan where that can be said)."""
     wanted = os.environ.get(OVERRIDE)
@@ -99,6 +118,11 @@ def _decay_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
 def _wanted(q_bthk: Tensor) -> bool:
     """Whether the Triton scan is to be taken if it can be."""
     return os.environ.get(OVERRIDE) == "triton" or (q_bthk.dtype in HALF and on_hopper(q_bthk))
+
+
+def toolchain() -> str:
+    """One line: which assembler Triton uses here, and why."""
+    return choose_ptxas()
 
 
 def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:

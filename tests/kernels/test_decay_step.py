@@ -45,12 +45,20 @@ def test_decays_of_nothing_and_of_one_are_exact(decay, found):
 @pytest.mark.parametrize(
     "claim",
     [
-        "the state is updated in place", "a given state is filled and the old one kept", "without a state it starts from zeros",
-        "a chain of steps is the scan", "memory layout does not matter", "half precision gives o in its dtype",
-        "no batch", "no head", "two tokens are refused", "a state of another dtype is refused", "the operator keeps torch's rules",
+        "the state is updated in place",
+        "a given state is filled and the old one kept",
+        "without a state it starts from zeros",
+        "a chain of steps is the scan",
+        "memory layout does not matter",
+        "half precision gives o in its dtype",
+        "no batch",
+        "no head",
+        "two tokens are refused",
+        "a state of another dtype is refused",
+        "the operator keeps torch's rules",
         "it compiles whole",
     ],
-)  # fmt: skip
+)
 def test_a_step(claim, found):
     assert found["claims"].get(claim) is True
 
