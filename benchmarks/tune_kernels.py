@@ -174,8 +174,8 @@ def main() -> None:
     from kernels.tuned import TABLE, write_rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", default=",".join(CLASSES))
-    parser.add_argument("--shapes", default=SHAPES, help="K x V of each, such as 64x64,128x64")
+    parser.add_argument("--classes", type=_classes, default=",".join(CLASSES), help="such as scalar,vector")
+    parser.add_argument("--shapes", type=_shapes, default=SHAPES, help="K x V of each, such as 64x64,128x64")
     parser.add_argument("--only", default="", help="candidates whose label holds this text; `default` is the default's")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates, run and write nothing")
     parser.add_argument("--table", type=Path, default=TABLE, help="file to write")
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0, help="for one candidate, compiling included")
     parser.add_argument("--minutes", type=float, default=1e6, help="after these no further candidate is timed")
     arguments = parser.parse_args()
-    groups = [(kind, dims) for dims in map(_dims, arguments.shapes.split(",")) for kind in _classes(arguments.classes)]
+    groups = [(kind, dims) for dims in arguments.shapes for kind in arguments.classes]
     listed = [(kind, dims, candidates(kind, dims, arguments.only)) for kind, dims in groups]
     if arguments.dry_run:
         for kind, dims, jobs in listed:
@@ -206,17 +206,21 @@ def main() -> None:
     one.close()
 
 
+def _shapes(text: str) -> list[tuple[int, int]]:
+    return [_dims(part) for part in text.split(",")]
+
+
 def _dims(text: str) -> tuple[int, int]:
     key_dim, _, value_dim = text.partition("x")
     if not (key_dim.isdigit() and value_dim.isdigit()):
-        raise SystemExit(f"--shapes: {text!r} is not KxV, such as 64x64")
+        raise argparse.ArgumentTypeError(f"{text!r} is not KxV, such as 64x64")
     return int(key_dim), int(value_dim)
 
 
 def _classes(text: str) -> list[str]:
     chosen = text.split(",")
     if unknown := sorted(set(chosen) - set(CLASSES)):
-        raise SystemExit(f"--classes: unknown {unknown[0]!r}; known: {', '.join(CLASSES)}")
+        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(CLASSES)}")
     return chosen
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decay_scan_naive import by_sequence, widened
+from kernels.decay_scan_naive import by_sequence, no_outputs, widened
 from kernels.decay_source import DecaySource
 from kernels.scan_arguments import check_decay_scan
 
@@ -50,7 +50,7 @@ def decay_scan_chunked(
 def _scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     length = q.shape[1]
     if length == 0:
-        return torch.zeros_like(v), state
+        return no_outputs(q, k, v, log_decay if log_decay.dim() == 4 else log_decay[..., None]), state
     inside = _vector_chunks if log_decay.dim() == 4 else _scalar_chunks
     # Padding tokens have k = 0 and λ = 1: they change neither outputs nor state.
     o, q_decayed, update, total = inside(*(to_chunks(x, CHUNK) for x in (q, k, v, log_decay)))

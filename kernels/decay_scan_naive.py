@@ -64,7 +64,7 @@ def by_sequence(
     """One scan for each packed sequence. Reads cu_seqlens on the host."""
     lengths = [end - start for start, end in pairwise(cu_seqlens.tolist())]
     if not lengths:
-        return torch.zeros_like(v), state
+        return no_outputs(q, k, v, log_decay if log_decay.dim() == 4 else log_decay[..., None]), state
     parts = (x.split(lengths, dim=1) for x in (q, k, v, log_decay))
     found = [scan(*part) for part in zip(*parts, state.split(1), strict=True)]
     outputs, states = zip(*found, strict=True)
@@ -77,4 +77,9 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> 
     for t in range(q.shape[1]):
         state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, :, None] * state).sum(dim=-2))
-    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), state
+    return torch.stack(outputs, dim=1) if outputs else no_outputs(q, k, v, decay), state
+
+
+def no_outputs(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """(B, 0, H, V): no number, but a result of every input, so that a gradient is asked of it as of any other."""
+    return (q * k * decay).sum(dim=-1, keepdim=True) * v

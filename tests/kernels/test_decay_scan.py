@@ -146,6 +146,18 @@ def test_empty_batch_gives_empty_results_and_gradients(kind, length, scan):
     o, state = scan(*leaves, output_final_state=True)
     assert o.shape == (0, length, 3, 5) and state.shape == (0, 3, 4, 5)
     (o.sum() + state.sum()).backward()
+    assert all(x.grad.shape == x.shape for x in leaves)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_gives_no_output_the_state_and_gradients(kind, scan):
+    leaves = [x.requires_grad_() for x in inputs(kind, length=0)]
+    o, state = scan(*leaves, output_final_state=True)
+    assert o.shape == (2, 0, 3, 5) and torch.equal(state, leaves[4])
+    o.sum().backward()
+    state.sum().backward()
+    assert all(x.grad.shape == x.shape for x in leaves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
