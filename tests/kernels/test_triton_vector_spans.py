@@ -1,0 +1,128 @@
+"""The vector kernels take packed sequences, cut long ones into segments, and are causal to the bit where that is asked for."""
+
+import json
+
+import pytest
+from vector_cases import Call, run_as_script, tolerance
+
+LENGTHS = [0, 1, 17, 64, 65]
+SEGMENTS = {"segment": 128, "tokens": 264}
+CASES = {
+    "packed": {"lengths": LENGTHS, "heads": 2},
+    "packed, λ from 0 to 1, mixed": {"lengths": LENGTHS, "gate": "mixed"},
+    "packed, empty at the end": {"lengths": [20, 0, 0]},
+    "packed, forward chunks of 16": {"lengths": LENGTHS, "gate": "channels", "config": {"forward_chunk": 16}},
+    "packed, forward pass split": {"lengths": LENGTHS, "gate": "channels", "config": {"forward": "split"}},
+    "packed, states made again": {"lengths": [17, 0, 65], "config": {"policy": "recompute"}},
+    "packed, no states": {"lengths": LENGTHS, "states": False},
+    "packed, softplus": {"lengths": LENGTHS, "kind": "softplus"},
+    "packed, floor, shared key": {"lengths": LENGTHS, "kind": "floor", "shared": True},
+    "packed, wide": {"lengths": [17, 0, 1], "k": 128, "v": 72, "gate": "channels"},
+    "packed, exact": {"lengths": [17, 0, 65], "exact": True},
+    "segments": {**SEGMENTS, "heads": 2},
+    "segments of two sequences, mixed": {**SEGMENTS, "batch": 2, "gate": "mixed"},
+    "segments, no states": {**SEGMENTS, "states": False},
+    "segments, forward pass split": {**SEGMENTS, "k": 72, "config": {"forward": "split", "policy": "recompute"}},
+    "segments, shared key": {**SEGMENTS, "kind": "floor", "shared": True},
+    "segments, exact": {**SEGMENTS, "gate": "mixed", "exact": True},
+    "segments of packed sequences": {"segment": 128, "lengths": [0, 3, 290, 0, 130], "gate": "mixed"},
+    "exact": {"exact": True, "heads": 2},
+    "exact, λ from 0 to 1, mixed": {"exact": True, "gate": "mixed"},
+    "exact, wide": {"exact": True, "k": 128, "v": 136, "gate": "channels"},
+    "exact, one piece of 128 channels": {"exact": True, "k": 128, "v": 72, "config": {"gradient_key_block": 128}},
+    "exact, bf16 log λ": {"exact": True, "dtype": "bfloat16", "x_dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return run_as_script(__file__)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_definition_in_value_and_gradient(reports, case):
+    for result, error in reports[case].items():
+        assert error <= tolerance(CASES[case], result), result
+
+
+@pytest.mark.parametrize("gate", ["mild", "channels"])
+def test_later_tokens_never_move_earlier_outputs_where_exact_is_asked_for(reports, gate):
+    assert reports["causal"][gate] is True
+
+
+def test_packed_sequences_give_the_bits_of_each_alone(reports):
+    assert reports["alone"] is True
+
+
+def test_tables_of_packed_sequences_have_room_for_any_lengths(reports):
+    assert reports["tables"] is True
+
+
+def causal(gate):
+    """Whether the outputs up to t stay the same, to the bit, when everything after t is another draw; and others move."""
+    import torch
+
+    call, other = (Call({"exact": True, "gate": gate, "tokens": 264, "segment": 128}, seed=seed) for seed in (0, 1))
+    whole = call.forward()[0]
+    for t in (0, 63, 127, 200):
+        for name in ("q", "k", "v"):
+            getattr(other, name)[:, : t + 1] = getattr(call, name)[:, : t + 1]
+        other.decay.x[:, : t + 1] = call.decay.x[:, : t + 1]
+        other.initial = call.initial
+        moved = other.forward()[0]
+        if not torch.equal(moved[:, : t + 1], whole[:, : t + 1]) or torch.equal(moved[:, t + 1 :], whole[:, t + 1 :]):
+            return False
+    return True
+
+
+def alone():
+    """Whether packing changes no bit of a sequence's outputs and final state."""
+    from dataclasses import replace
+
+    import torch
+
+    call = Call({"lengths": LENGTHS, "gate": "channels"})
+    o, final, _ = call.forward()
+    first = 0
+    for n, length in enumerate(LENGTHS):
+        tokens = slice(first, first + length)
+        first += length
+        if length:
+            rows = {"q_bthk": call.q[:, tokens], "k_bthk": call.k[:, tokens], "v_bthv": call.v[:, tokens]}
+            rows |= {"decay": replace(call.decay, x=call.decay.x[:, tokens]), "cu_seqlens": None}
+            one, state, _ = call.forward(**rows, initial_state_nhkv=call.initial[n : n + 1])
+            if not torch.equal(one, o[:, tokens]) or not torch.equal(state[0], final[n]):
+                return False
+        elif not torch.equal(final[n], call.initial[n]):
+            return False
+    return True
+
+
+def tables():
+    """Whether every token lies in one piece, for lengths of every kind."""
+    import torch
+
+    from kernels.spans import Sequences
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(0, 40, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        table = Sequences(rows=1, tokens=int(bounds[-1]), cu_seqlens=bounds).chunk_table(16)
+        counted = torch.zeros(int(bounds[-1]), dtype=torch.int32)
+        numbers = [number for _, count, number in table.tolist() if count]
+        for first, count, _ in table.tolist():
+            counted[first : first + count] += 1
+        if not (counted == 1).all() or numbers != list(range(len(numbers))):
+            return False
+    return True
+
+
+def main():
+    reports = {name: Call(case).errors() for name, case in CASES.items()}
+    reports |= {"causal": {gate: causal(gate) for gate in ("mild", "channels")}, "alone": alone(), "tables": tables()}
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()
