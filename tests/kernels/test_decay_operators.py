@@ -311,7 +311,8 @@ def main():
     asked = kernel_seam.explain_decay_scan(q, v, x) == "decay scan: triton (DECAY_KERNEL asks for it)"
     fused = kernel_seam.fuses(q, v, DecaySource(x=x))
     o, _ = kernel_seam.decay_scan(q, k, v, x)
-    choice["the seam takes it where it is asked for and fuses"] = asked and fused and torch.equal(o, decay_scan_triton(q, k, v, x)[0])
+    same = torch.equal(o, decay_scan_triton(q, k, v, x)[0])
+    choice["the seam takes it where it is asked for and fuses"] = asked and fused and same
     with torch.autocast("cpu", torch.bfloat16):
         choice["autocast changes nothing"] = torch.equal(kernel_seam.decay_scan(q, k, v, x)[0], o)
     said = []
@@ -322,8 +323,10 @@ def main():
     results = [kernel_seam.decay_scan(*narrow)[0] for _ in range(2)]
     told = said == ["K=12 is no multiple of 8 up to 256; the scan in plain torch runs instead"]
     explained = "chunked" in (line := kernel_seam.explain_decay_scan(narrow[0], narrow[2], narrow[3])) and "K=12" in line
-    close_to = close(results[0], decay_scan_naive(*narrow)[0]) and not kernel_seam.fuses(narrow[0], narrow[2], DecaySource(x=narrow[3]))
-    choice["a width without a kernel runs in plain torch and says so once"] = (told and explained and close_to) or [said, line]
+    right = close(results[0], decay_scan_naive(*narrow)[0])
+    formed = not kernel_seam.fuses(narrow[0], narrow[2], DecaySource(x=narrow[3]))
+    fell_back = told and explained and right and formed
+    choice["a width without a kernel runs in plain torch and says so once"] = fell_back or [said, line]
     words = "have no torch.float64; take decay_scan_chunked"
     doubles = [y.double() for y in (q, k, v, x)]
     choice["a dtype without a kernel is refused"] = refused(words, lambda: decay_scan_triton(*doubles))

@@ -65,7 +65,7 @@ def test_only_what_passed_can_be_the_fastest():
     wrong = tune_kernels.Tried(label="c", job=job("fine"), finding=Finding(problem="mild: dq is off by 3 times its limit"))
     rows = tune_kernels.markdown([fast, slow, wrong])
     assert rows[0] == "| scalar | 64x64 | a | 0.700 | 0.200 | 0 | 0.50 | fastest |"
-    assert rows[1].endswith("| |") and "off by 3 times" in rows[2] and "fastest" not in rows[2]
+    assert rows[1].endswith("|  |") and "off by 3 times" in rows[2] and "fastest" not in rows[2]
 
 
 def test_labels_say_what_differs_from_the_default():
