@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decay_core.kernel_seam import explain_configuration, explain_decay_scan, explain_toolchain
@@ -86,7 +85,7 @@ def _answer(question: Question, device: torch.device, dtype: str, granularity: s
     with FakeTensorMode():
         rows = (question.batch, question.seq_len, question.heads)
         q, v = (torch.empty(*rows, size, device=device, dtype=DTYPES[dtype]) for size in (question.key_dim, question.value_dim))
-        decay: Tensor = torch.empty_like(q if granularity == "vector" else q[..., 0], dtype=torch.float32)
+        decay = torch.empty(q.shape if granularity == "vector" else rows, device=device, dtype=torch.float32)
         kernel, _, reason = explain_decay_scan(q, v, decay).removeprefix("decay scan: ").partition(" (")
         configuration, origin = explain_configuration(q, v, decay) or ("", "")
     answer = {"kernel": kernel, "reason": reason.removesuffix(")"), "configuration": configuration, "origin": origin}
