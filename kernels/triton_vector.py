@@ -41,13 +41,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import DecaySource
-from kernels.spans import Sequences, Spans
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_vector_backward import gradients_kernel
 from kernels.triton_vector_forward import carry_kernel, forward_kernel, rows_kernel, states_kernel
+from kernels.triton_vector_spans import Sequences, Spans
 
 GROUP = 16  # chunks that one program of a launch for flagged chunks looks at
 NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
+PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has
 CARRIED = 256  # numbers of a state that one program carries along the segments
 
 
@@ -142,6 +143,10 @@ def backward(
     cu_seqlens: Tensor | None = None,
     exact: bool = False,
 ) -> Gradients:
+    """Returns the gradients in the inputs' dtypes, that of the initial state in fp32.
+
+    The configuration's policy and chunk are those of the forward pass.
+    """
     call = _Call(q_bthk, k_bthk, v_bthv, decay, config, cu_seqlens)
     want_initial = initial_state_nhkv is not None
     with call.on_device:
@@ -189,7 +194,7 @@ class _Call:
         whole = decay.x.dtype == torch.bfloat16 or (decay.x.dtype == torch.float16 and not bf16)
         self.sizes: dict[str, Any] = dict(K=self.key_dim, V=self.value_dim, LP=operand, IP=precision)
         self.source: dict[str, Any] = dict(
-            x=decay.x, gain=_parameter(decay.gain), offset=_parameter(decay.offset), slope=float(decay.slope),
+            x=decay.x, gain=_parameter(decay, "gain"), offset=_parameter(decay, "offset"), slope=float(decay.slope),
             KIND=KINDS[decay.kind], ONE_HALF=decay.kind == "log" and whole, **_strides("x", decay.x),
         )  # fmt: skip
 
@@ -310,26 +315,26 @@ def _gradients(
     dk = None if k is None else call.new(*k.shape, dtype=k.dtype)
     dv = call.new(*v.shape, dtype=v.dtype)
     # one row per chunk and head; a packed call has rows that no chunk fills
-    new_rows = torch.empty if call.table is None else torch.zeros
-    rows = (call.chunks, call.heads, call.key_dim)
-    dgain, doffset = (
-        None if x is None else new_rows(rows, dtype=torch.float32, device=q.device) for x in (decay.gain, decay.offset)
-    )
+    used = [name for name in ("gain", "offset") if call.source[name] is not None]
+    rows = dict.fromkeys(("gain", "offset")) | {name: call.new(call.chunks, call.heads, call.key_dim) for name in used}
+    if call.table is not None:
+        for name in used:
+            rows[name].zero_()
     whole = call.gradient_k >= call.key_dim
     for again in _launches(exact):
         group, warps = (GROUP, 4) if again else (1, config.gradient_warps)
         gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.key_dim, call.gradient_k))](
-            q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv if whole else None, dx=dx, dgain=dgain, doffset=doffset, states=states,
-            dstates=dstates, flags=flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads, chunks=call.chunks,
-            **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
+            q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv if whole else None, dx=dx, dgain=rows["gain"], doffset=rows["offset"],
+            states=states, dstates=dstates, flags=flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
+            chunks=call.chunks, **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
             AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, BK=call.gradient_k, BV=call.gradient_v,
             **call.cut(config.chunk, exact=exact or again), **call.sizes,
             num_warps=warps, num_stages=1, **_registers(None if again else config.gradient_registers),
         )  # fmt: skip
     if not whole:
         call.rows(do, scale, dv, dstates, flags, exact=exact, reverse=True)
-    dgain, doffset = (None if x is None else x.sum(dim=0) for x in (dgain, doffset))
-    return Gradients(q=dq, k=dk, v=dv, x=dx, gain=dgain, offset=doffset, initial_state=None)
+    summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
+    return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=None)
 
 
 def _launches(exact: bool, flagged_only: bool = False) -> tuple[bool, ...]:
@@ -355,7 +360,9 @@ def _state(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.to(torch.float32).contiguous()
 
 
-def _parameter(x: Tensor | None) -> Tensor | None:
+def _parameter(decay: DecaySource, name: str) -> Tensor | None:
+    """A gain or offset in fp32; None where there is none or the formula has no use for it."""
+    x = getattr(decay, name) if name in PARAMETERS[decay.kind] else None
     return None if x is None else x.to(torch.float32).contiguous()
 
 

@@ -102,7 +102,7 @@ def tables():
     """Whether every token lies in one piece, for lengths of every kind."""
     import torch
 
-    from kernels.spans import Sequences
+    from kernels.triton_vector_spans import Sequences
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):

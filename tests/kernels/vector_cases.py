@@ -45,7 +45,7 @@ class Call:
         import torch
 
         from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
-        from kernels import spans
+        from kernels import triton_vector_spans as spans
         from kernels.triton_vector import VectorConfig, default_config
 
         torch.set_num_threads(1)
@@ -142,7 +142,7 @@ class Call:
             return None if x is None else x.double().requires_grad_()
 
         given = {"dq": self.q, "dk": self.k, "dv": self.v, "dx": self.decay.x, "dgain": self.decay.gain}
-        given |= {"doffset": self.decay.offset, "d_initial": self.initial}
+        given |= {"doffset": self.decay.offset, "dinitial_state": self.initial}
         leaves = {name: leaf(x) for name, x in given.items()}
         source = DecaySource(
             x=leaves["dx"], kind=self.decay.kind, slope=self.decay.slope, gain=leaves["dgain"], offset=leaves["doffset"]
@@ -150,12 +150,12 @@ class Call:
         k = source.shared_key() if self.k is None else leaves["dk"]
         rows = (leaves["dq"], k, leaves["dv"], source.log_decay())
         if self.cu_seqlens is None:
-            outputs = [decay_scan_naive(*rows, leaves["d_initial"], output_final_state=True)]
+            outputs = [decay_scan_naive(*rows, leaves["dinitial_state"], output_final_state=True)]
         else:
             bounds = self.cu_seqlens.tolist()
             outputs = []
             for n, (a, b) in enumerate(pairwise(bounds)):
-                state = None if self.initial is None else leaves["d_initial"][n : n + 1]
+                state = None if self.initial is None else leaves["dinitial_state"][n : n + 1]
                 outputs.append(decay_scan_naive(*(x[:, a:b] for x in rows), state, output_final_state=True))
         o = self.scale * torch.cat([o for o, _ in outputs], dim=1)
         final = torch.cat([state for _, state in outputs])
@@ -175,7 +175,8 @@ class Call:
         o, final, saved = self.forward()
         if saved is not None:
             assert (saved.shape, saved.dtype) == saved_like(self.q, self.v, self.config, self.cu_seqlens)
-        found = {"o": o, "final_state": final, **self.backward(saved)._asdict()}
+        gradients = {f"d{name}": x for name, x in self.backward(saved)._asdict().items()}
+        found = {"o": o, "final_state": final, **gradients}
         found = {name: x for name, x in found.items() if x is not None}
         wanted = self.definition()
         assert set(found) == set(wanted), (set(found), set(wanted))
