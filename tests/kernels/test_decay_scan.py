@@ -6,10 +6,12 @@ import torch
 from decay_core import kernel_seam  # makes kernels/ importable
 from kernels.decay_scan_chunked import CHUNK, decay_scan_chunked
 from kernels.decay_scan_naive import decay_scan_naive
+from kernels.decay_source import DecaySource
 from kernels.select_kernel import select_decay_scan
 
 LENGTHS = [0, 1, 2, 15, CHUNK, CHUNK + 1, 64, 65, 127]
 KINDS = ["vector", "scalar"]
+SCANS = [decay_scan_naive, decay_scan_chunked]
 DECAYS = ["mild", "fast", "zero", "one", "mixed", "denormal", "above one"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the largest entry; fp32 sums of up to 127 terms
 
@@ -136,7 +138,7 @@ def test_scan_is_linear_in_v(kind):
     assert_close(decay_scan_chunked(q, k, 2 * v - 3 * other, log_decay)[0], separate, torch.float64)
 
 
-@pytest.mark.parametrize("scan", [decay_scan_naive, decay_scan_chunked])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("length", [0, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch_gives_empty_results_and_gradients(kind, length, scan):
@@ -144,6 +146,18 @@ def test_empty_batch_gives_empty_results_and_gradients(kind, length, scan):
     o, state = scan(*leaves, output_final_state=True)
     assert o.shape == (0, length, 3, 5) and state.shape == (0, 3, 4, 5)
     (o.sum() + state.sum()).backward()
+    assert all(x.grad.shape == x.shape for x in leaves)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_gives_no_output_the_state_and_gradients(kind, scan):
+    leaves = [x.requires_grad_() for x in inputs(kind, length=0)]
+    o, state = scan(*leaves, output_final_state=True)
+    assert o.shape == (2, 0, 3, 5) and torch.equal(state, leaves[4])
+    o.sum().backward()
+    state.sum().backward()
+    assert all(x.grad.shape == x.shape for x in leaves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +169,75 @@ def test_memory_layout_of_the_inputs_does_not_matter(kind):
     assert torch.equal(decay_scan_chunked(*strange)[0], decay_scan_chunked(*tensors[:4])[0])
 
 
-@pytest.mark.parametrize("scan", [decay_scan_naive, decay_scan_chunked])
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_give_what_each_gives_alone_with_gradients(kind, scan):
+    lengths = [1, 0, 33, 2, 0, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    *tensors, _ = inputs(kind, "mixed", batch=1, length=41)
+    start = inputs(kind, batch=6)[4]
+    leaves = [x.requires_grad_() for x in (*tensors, start)]
+    o, state = scan(*leaves, output_final_state=True, cu_seqlens=bounds)
+    found = [o, state, *torch.autograd.grad(o.square().sum() + state.square().sum(), leaves)]
+    parts = zip(*(x.split(lengths, dim=1) for x in leaves[:4]), start.split(1), strict=True)
+    outputs, states = zip(*(scan(*part, output_final_state=True) for part in parts), strict=True)
+    o, state = torch.cat(outputs, dim=1), torch.cat(states)
+    wanted = [o, state, *torch.autograd.grad(o.square().sum() + state.square().sum(), leaves)]
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, torch.float64)
+    assert torch.equal(state[1], start[1])  # of a sequence of no tokens
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_no_packed_sequence_at_all_is_an_empty_result(scan):
+    *tensors, _ = inputs("scalar", batch=1, length=0)
+    o, state = scan(*tensors, output_final_state=True, cu_seqlens=torch.tensor([0]))
+    assert o.shape == (1, 0, 3, 5) and state.shape == (0, 3, 4, 5)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale_multiplies_the_outputs_and_not_the_state(kind, scan):
+    *tensors, start = inputs(kind)
+    plain, state = scan(*tensors, start, True)
+    scaled, same = scan(*tensors, start, True, scale=0.3)
+    assert_close(scaled, 0.3 * plain, torch.float64)
+    assert torch.equal(state, same)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("decay", ["mild", "zero", "one"])
+def test_without_a_key_the_key_is_what_the_decay_leaves(decay, scan):
+    q, _, v, log_decay, start = inputs("vector", decay)
+    assert_close(scan(q, None, v, log_decay, start)[0], scan(q, 1 - log_decay.exp(), v, log_decay, start)[0], torch.float64)
+
+
+def sources(kind):
+    """Every formula, with gains, offsets and slopes, in float64."""
+    x, shape = 3 * inputs(kind)[3], (3, 4) if kind == "vector" else (3,)
+    some = torch.linspace(0.1, 0.9, 3 * 4 if kind == "vector" else 3, dtype=torch.float64).reshape(shape)
+    return {
+        "log": DecaySource(x=x),
+        "simple": DecaySource(x=x, kind="softplus", slope=-1.0, offset=-5 * some),
+        "mamba2": DecaySource(x=x, kind="softplus", gain=16 * some, offset=some),
+        "gla": DecaySource(x=x, kind="softplus", slope=-1 / 16),
+        "hgrn2": DecaySource(x=x, kind="floor", offset=some),
+    }
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("name", sources("scalar"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_makes_a_decay_is_taken_as_the_decay(kind, name, scan):
+    q, k, v, _, start = inputs(kind)
+    source = sources(kind)[name]
+    assert torch.equal(scan(q, k, v, source, start)[0], scan(q, k, v, source.log_decay(), start)[0])
+    if kind == "vector":
+        shared = scan(q, source.shared_key(), v, source.log_decay(), start)[0]
+        assert torch.equal(scan(q, None, v, source, start)[0], shared)
+
+
+@pytest.mark.parametrize("scan", SCANS)
 def test_half_precision_inputs_are_computed_in_fp32(scan):
     *tensors, _ = inputs("vector", dtype=torch.float32)
     rounded = [x.bfloat16() for x in tensors[:3]]

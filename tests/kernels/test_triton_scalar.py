@@ -127,11 +127,14 @@ def defined(q, k, v, log_decay, initial, do, d_final, scale):
 
 
 def kernel(tensors, scale, config):
+    from kernels.decay_source import DecaySource
     from kernels.triton_scalar import backward, forward
 
     q, k, v, log_decay, initial, do, d_final = tensors
-    o, final, saved = forward(q, k, v, log_decay, scale, initial, True, True, config)
-    return [o, final, *backward(q, k, v, log_decay, scale, initial, saved, do, d_final, config)]
+    source = DecaySource(x=log_decay)
+    o, final, saved = forward(q, k, v, source, scale, initial, True, True, config)
+    found = backward(q, k, v, source, scale, initial, saved, do, d_final, config)
+    return [o, final, *found[:4], found.initial_state]
 
 
 def configured(case):
@@ -156,10 +159,12 @@ def measured(case):
 
 
 def refused(case, scale=0.3, **changes):
+    from kernels.decay_source import DecaySource
     from kernels.triton_scalar import backward, forward
 
     q, k, v, log_decay, initial, do, d_final = made(case)
     try:
+        log_decay = DecaySource(x=log_decay)
         saved = forward(q, k, v, log_decay, scale, initial, True, True, configured(case))[2]
         saved = changes.get("saved", saved)
         changed = configured({**case, "chunk": changes.get("chunk", case["chunk"])})
