@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kernels.decay_source import DecaySource
+    from kernels.decay_source import DecaySource as DecaySource
 
 _FOLDER = str(Path(__file__).resolve().parent.parent / "kernels")
 
@@ -81,10 +81,10 @@ def explain_toolchain() -> str:
     return str(_SELECTOR.toolchain())
 
 
-def fuses(q_bthk: Tensor, v_bthv: Tensor, source: DecaySource) -> bool:
+def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
     """Whether the implementation for these tensors takes a DecaySource without forming log λ. Elsewhere log λ is formed
     anyway, and a caller may as well form it by its own formula."""
-    fused: bool = _SELECTOR.fuses(q_bthk, v_bthv, source)
+    fused: bool = _SELECTOR.fuses(q_bthk, v_bthv)
     return fused
 
 

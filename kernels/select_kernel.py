@@ -74,7 +74,7 @@ def decay_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) 
     return scan
 
 
-def fuses(q_bthk: Tensor, v_bthv: Tensor, source: DecaySource) -> bool:
+def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
     """Whether the scan for these tensors takes a DecaySource without forming log λ."""
     return _decay_scan(q_bthk, v_bthv)[0] == "triton"
 

@@ -16,13 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decay_core.decay import Decay, wide_dtype
+from decay_core.kernel_seam import DecaySource
 
 
 class LightNet(Decay):
     """No parameters of its own. f is (B, T, ...): axis 1 is time."""
 
-    def forward(self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None, fused: bool = False
+    ) -> tuple[Tensor | DecaySource | None, Tensor | None]:
         with torch.autocast(f.device.type, enabled=False):
+            if fused:
+                return self.source(f, joint), None
             f = f.to(wide_dtype(f.dtype))
             log_decay = F.logsigmoid(_log_total_before(f, past) - f)
             if not self.place.point.share:
