@@ -88,6 +88,12 @@ def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
     return fused
 
 
+def running_decay(f: Tensor) -> Tensor:
+    """LightNet's log λ (B, T, ...) in fp32 by a kernel, where `fuses` holds. Source: decay_core/decays/lightnet.py defines it."""
+    log_decay: Tensor = _SELECTOR.running_decay(f)
+    return log_decay
+
+
 def gated_norm(o_btd: Tensor, gate_btd: Tensor, gain_d: Tensor, eps: float) -> Tensor:
     """√d x / √(Σ x² + eps) ⊙ gain with x = o ⊙ σ(gate), over the last axis: (..., d) in fp32 or wider, or, from a kernel for
     16-bit gates, in the gate's dtype. Source: kernels/gated_norm_naive.py is the definition.

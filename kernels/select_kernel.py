@@ -79,6 +79,13 @@ def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
     return _decay_scan(q_bthk, v_bthv)[0] == "triton"
 
 
+def running_decay(f: Tensor) -> Tensor:
+    """LightNet's log λ by its kernel."""
+    from kernels.running_decay_triton import running_decay_triton
+
+    return running_decay_triton(f)
+
+
 def scan_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:
     """(fields of the configuration that the Triton scan would take, where it comes from); None for a scan in plain torch."""
     if _decay_scan(q_bthk, v_bthv)[0] != "triton":
