@@ -160,7 +160,7 @@ def _takes_sources() -> None:
     small = inputs(Shape.of((1, 2, 1, 8)), False, torch.float32, "cpu")
     try:
         _ours_fused(small).call()
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise NotHere(f"decay_scan takes no DecaySource ({error})") from error
 
 

@@ -49,6 +49,11 @@ class Settings:
         """Those of one class, ours included."""
         return [c for c in CONTESTANTS.values() if kind in c.classes and (c.ours or c.name in self.peers)]
 
+    def named(self, gpu: str) -> str:
+        """The file's name without its ending; what is not measured by default has a name of its own."""
+        other = [self.decay * (self.decay != "mild"), self.dtype * (self.dtype != "bf16"), "quick" * self.quick]
+        return "-".join(["kernels", gpu, *filter(None, other)])
+
     @property
     def tuned(self) -> list[tuple[str, str]]:
         """(contestant, class) of all that tune themselves."""
@@ -133,7 +138,7 @@ class Run:
         """As it stands."""
         self.results.about["seconds"] = round(self.spent(), 1)
         if self.path is None and self.settings.device == "cuda" and self.results.host.get("gpu"):
-            self.path = RESULTS / f"kernels-{gpu_name(self.results.host['gpu'])}.json"
+            self.path = RESULTS / f"{self.settings.named(gpu_name(self.results.host['gpu']))}.json"
         if self.path is not None:
             write(self.path, self.results.document())
 

@@ -281,10 +281,11 @@ def _times(worker: Worker, shape: Shape, problem: Problem, found: dict[str, Any]
     forward = _without_gradients(problem)
     if worker.cuda:
         found |= {"peak_fwd_mib": _peak(forward), "peak_mib": _peak(problem.gradients)}
-    repeats = range(worker.spec["repeats"])
-    for direction, call in (("fwd", forward), ("fwd_bwd", problem.gradients)):
-        found[f"{direction}_repeats"] = [round(worker.milliseconds(call), 5) for _ in repeats]
-    _row(worker, shape, **found)
+    times: dict[str, list[float]] = {"fwd_repeats": [], "fwd_bwd_repeats": []}
+    for _ in range(worker.spec["repeats"]):
+        for repeats, call in zip(times.values(), (forward, problem.gradients), strict=True):
+            repeats.append(round(worker.milliseconds(call), 5))
+    _row(worker, shape, **found, **times)
 
 
 def _peak(call: Callable[[], Any]) -> float:

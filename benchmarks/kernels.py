@@ -1,8 +1,8 @@
 """How fast and how exact the decay scans are on this GPU, against flash-linear-attention, softmax attention and Mamba-2's scan.
 
 Compiles first, then times, one process per contestant; each is held against an fp64 definition and its error stands beside its
-time. Writes benchmarks/results/kernels-<gpu>.json as it goes and prints it as Markdown tables. Needs a GPU, and for the rivals
-`pip install fla-core==0.6.0 einops`.
+time. Writes benchmarks/results/kernels-<gpu>.json as it goes, and its tables beside it as Markdown. Needs a GPU, and for the
+rivals `pip install fla-core==0.6.0 einops`.
 
     .venv/bin/python benchmarks/kernels.py [--quick] [--budget-seconds 400] [--classes scalar,vector] [--peers chunk_gla]
     .venv/bin/python benchmarks/kernels.py --render benchmarks/results/kernels-h100.json
@@ -56,7 +56,10 @@ def measure(run: Run) -> int:
     run.phase("end")
     run.save()
     document = run.results.document()
-    print("\n" + render(document))
+    page = render(document)
+    if run.path is not None:
+        run.path.with_suffix(".md").write_text(page)
+    print("\n" + page)
     for kind in run.settings.classes:
         if not any(ratio["class"] == kind for ratio in document["ratios"]):
             print(f"kernels: no ratio was measured for {kind} decay", file=sys.stderr)
@@ -193,7 +196,7 @@ class Parser(argparse.ArgumentParser):
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line; raises WrongArgument."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", help="B,T,H,D or B,T,H,K,V, several separated by blanks")
+    parser.add_argument("--shapes", help="B,T,H,D or B,T,H,K,V, several separated by blanks or semicolons")
     parser.add_argument("--classes", default=",".join(CLASSES))
     parser.add_argument("--peers", help="rivals, by name; `all` adds those that are left out by default")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
@@ -211,7 +214,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def settings(given: argparse.Namespace) -> Settings:
     """Raises WrongArgument."""
-    shapes = SHAPES if given.shapes is None else tuple(Shape.parse(text) for text in given.shapes.split())
+    shapes = SHAPES if given.shapes is None else tuple(Shape.parse(text) for text in given.shapes.replace(";", " ").split())
     classes = _known("--classes", given.classes, CLASSES)
     rivals = tuple(name for name, c in CONTESTANTS.items() if not c.ours)
     default = ",".join(name for name in rivals if not CONTESTANTS[name].optional)
@@ -259,7 +262,7 @@ def main(words: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers end too
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(asked, given.keep or Path(folder))
+        run = Run(asked, (given.keep or Path(folder)).resolve())
         try:
             return measure(run)
         finally:

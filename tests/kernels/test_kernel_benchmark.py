@@ -63,6 +63,8 @@ def test_an_unknown_gpu_has_the_roofline_that_was_measured():
 
 def test_a_shape_is_four_numbers_or_five():
     assert Shape.parse("32,2048,16,64") == FIRST and FIRST.numbers == [32, 2048, 16, 64]
+    several = kernels.settings(kernels.parse(["--shapes", "32,2048,16,64; 32,2048,12,64"])).shapes
+    assert several == SHAPES[:2]
     assert Shape.parse("32,2048,16,128,64").numbers == [32, 2048, 16, 128, 64] == SHAPES[3].numbers
     for wrong in ("32,2048,16", "32,2048,16,0", "32x2048x16x64", "", "1,2,3,4,5,6"):
         with pytest.raises(WrongArgument, match="B,T,H,D"):
@@ -240,6 +242,11 @@ def test_files_are_named_by_the_gpu():
     assert gpu_name("NVIDIA H200") == "h200"
     assert gpu_name("NVIDIA A100-SXM4-40GB") == "a100"
     assert gpu_name("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
+
+
+def test_only_the_default_measurement_has_the_plain_name():
+    named = [kernels.settings(kernels.parse(words)).named("h100") for words in ([], ["--decay", "steep"], ["--quick"])]
+    assert named == ["kernels-h100", "kernels-h100-steep", "kernels-h100-quick"]
 
 
 # Who takes part.
@@ -497,5 +504,5 @@ def test_all_phases_run_on_a_cpu(process_env, tmp_path):
     assert ratio["ratio"] == pytest.approx(ratio["peer_ms"] / ratio["ours_ms"], rel=1e-3)
     ours = next(row for row in document["rows"] if row["contestant"] == "ours")
     assert len(ours["fwd_bwd_repeats"]) == 4 and max(ours["errors"].values()) < 1e-2 and ours["same_bits"]
-    assert render(document) in said.stdout
-    assert os.listdir(tmp_path) == ["kernels.json"]
+    assert render(document) == path.with_suffix(".md").read_text() and render(document) in said.stdout
+    assert sorted(os.listdir(tmp_path)) == ["kernels.json", "kernels.md"]
