@@ -3,8 +3,7 @@
 What is unusual:
 - The operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them.
 - What the backward pass wants back (states at the chunks' starts) is an output of the forward operator: empty where no gradient
-  is wanted, and with DECAY_KERNEL_POLICY=recompute, which saves memory: the backward operator makes the states again, by the
-  same kernels, so that gradients are the same bits. Without it, and with =save, they are kept.
+  is wanted, and with DECAY_KERNEL_POLICY=recompute, which saves memory: the backward operator makes the states again.
 - Configurations come from a table of measured ones (tuned.py), else from the launchers.
 - One token without gradients is a kernel of its own (decay_step_triton.py).
 Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.py and triton_vector.py.
