@@ -3,8 +3,7 @@
 What is unusual:
 - The operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them.
 - What the backward pass wants back (states at the chunks' starts) is an output of the forward operator: empty where no gradient
-  is wanted, and under the policy `recompute`, which saves memory and computes the states again. DECAY_KERNEL_POLICY=save or
-  =recompute overrules the configuration's own policy.
+  is wanted, and with DECAY_KERNEL_POLICY=recompute, which saves memory: the backward operator makes the states again.
 - Configurations come from a table of measured ones (tuned.py), else from the launchers.
 - One token without gradients is a kernel of its own (decay_step_triton.py).
 Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.py and triton_vector.py.
@@ -12,7 +11,6 @@ Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +78,10 @@ def decay_scan_triton(
     parameters = (source.gain if source.kind in WITH_GAIN else None, source.offset if source.kind in WITH_OFFSET else None)
     gain, offset, initial = (None if y is None else y.float().contiguous() for y in (*parameters, initial_state_bhkv))
     cu = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-    formula = (source.kind, float(source.slope), float(scale), exact, policy())
+    formula, asked = (source.kind, float(source.slope), float(scale), exact), policy()
     x = _side_by_side(x) if source.vector else x
-    o, state, _ = _forward(q, k, v, x, gain, offset, initial, cu, *formula, output_final_state, keep)
+    wants = (output_final_state, keep and asked != "recompute")
+    o, state, _ = _forward(q, k, v, x, gain, offset, initial, cu, *formula, asked, *wants)
     return o.to(v_bthv.dtype), state if output_final_state else None
 
 
@@ -114,7 +113,7 @@ def config_class(granularity: str) -> type:
 def chosen_config(
     architecture: str, granularity: str, key_dim: int, value_dim: int, dtype: torch.dtype, asked: str
 ) -> tuple[Any, str]:
-    """(the configuration, where it comes from) under a policy that is asked for, or its own for "".
+    """(the configuration, where it comes from), for a policy that is asked for or "".
 
     The table is measured with 16-bit tensors and is for them alone.
     """
@@ -123,11 +122,9 @@ def chosen_config(
         measured = tuned_config(architecture, granularity, key_dim, value_dim, launchers.config)
     default = launchers.default_config(key_dim, value_dim, dtype)  # which saves
     config, origin = (default, "default") if measured is None else (measured, "tuned.json")
-    if not asked or (asked == "recompute") == (config.policy == "recompute"):
-        return config, origin
-    if asked == "save":
+    if asked == "save" and config.policy == "recompute":
         return default, f"default, since {POLICY}={asked}"
-    return replace(config, policy=asked), f"{origin}, {POLICY}={asked}"
+    return config, f"{origin}, {POLICY}={asked}" if asked else origin
 
 
 def architecture_of(device: torch.device) -> str:
@@ -216,8 +213,10 @@ def _backward(
     source = DecaySource(x=x, kind=kind, slope=slope, gain=gain, offset=offset)  # type: ignore[arg-type]
     kept = saved if saved.numel() else None
     d_state = None if d_state is None else d_state.float().contiguous()
-    given = (q, k, v, source, scale, initial_state, kept, _side_by_side(do), d_state, config)
-    found = launchers.backward(*given, cu_seqlens, **_exactness(source, exact))
+    given = (q, k, v, source, scale, initial_state)
+    if kept is None and not source.vector:  # the vector launcher makes them itself
+        kept = launchers.forward(*given, False, True, config, cu_seqlens)[2]
+    found = launchers.backward(*given, kept, _side_by_side(do), d_state, config, cu_seqlens, **_exactness(source, exact))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)
     return dq, *others
 
