@@ -89,7 +89,7 @@ def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
 
 
 def running_decay(f: Tensor) -> Tensor:
-    """LightNet's log λ (B, T, ...) in fp32 by a kernel, where `fuses` holds. Source: decay_core/decays/lightnet.py defines it."""
+    """LightNet's log λ (B, T, ...) in fp32 by a kernel, where `fuses` holds. Source: decays/lightnet.py defines it."""
     log_decay: Tensor = _SELECTOR.running_decay(f)
     return log_decay
 

@@ -1,8 +1,8 @@
 """LightNet's decay on a GPU: log λ_t = -softplus(f_t - z_{t-1}), z_t = log(1 + Σ_{i<=t} e^{f_i}), as one kernel each way.
 
 What is surprising:
-- z is a sum over all earlier tokens, so a program walks along time with a block of channels; within a block of tokens the sum is
-  a parallel scan over pairs (largest logit, sum relative to it), which no f overflows.
+- z is a sum over all earlier tokens, so a program walks along time with a block of channels; within a block of tokens the sum
+  is a parallel scan over pairs (largest logit, sum relative to it), which no f overflows.
 - The backward pass is a decay scan itself: with A the gradient of z, A_{t-1} = λ_t A_t + (1 - λ_t) dlog λ_t and
   df_t = (1 - λ_t)(A_t - dlog λ_t), in reverse. It needs log λ alone.
 Source: decay_core/decays/lightnet.py is the definition; paper appendix A.2, LightNet (arXiv 2405.21022).
