@@ -84,13 +84,15 @@ class VectorConfig:
 
 
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
-    return VectorConfig(walk_stages=2 if dtype == torch.float32 else 3)
+    """Returns a configuration that is right for these dims; operands of 32 bits need smaller chunks to stay in registers."""
+    chunk, stages = {torch.bfloat16: (64, 3), torch.float16: (32, 2), torch.float32: (16, 2)}[dtype]
+    return VectorConfig(chunk=chunk, walk_stages=stages)
 
 
 def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[VectorConfig]:
     """What benchmarks/tune_kernels.py tries: configurations that compile with few spills for Hopper, the likeliest first."""
-    if dtype == torch.float32:
-        return [VectorConfig(chunk=chunk, walk_stages=stages) for chunk in (32, 16, 64) for stages in (2, 1)]
+    if dtype != torch.bfloat16:
+        return [VectorConfig(chunk=chunk, walk_stages=stages) for chunk in (32, 16) for stages in (2, 1)]
     if key_dim <= 64:
         narrow = [VectorConfig(walk_stages=stages) for stages in (3, 2)]
         return [*narrow, VectorConfig(walk_registers=168), VectorConfig(gradient_registers=208), VectorConfig(chunk=32)]

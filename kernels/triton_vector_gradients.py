@@ -80,8 +80,6 @@ def _gentle_gradients(
     queries = load_tile(q, q_t, first_key, left, C, K, BK).to(tl.float32)
     queries = (queries * (tl.exp2(d) * scale)).to(LP)
 
-    # A product with ones sums over a square tile's rows and hands the sum to every row.
-    square: tl.constexpr = C == BV
     tile_dq = tl.zeros([C, BK], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
     for first_value in tl.static_range(0, V, BV):
@@ -109,10 +107,14 @@ def _gentle_gradients(
         tile_dk = tl.dot(tile_v, dstate.to(LP), tile_dk, input_precision=IP)
         around += state.to(tl.float32) * dstate.to(tl.float32)
         pairs_t = tl.dot(tile_v, tl.trans(tile_do), pairs_t, input_precision=IP)
-    if square:
-        around = (around + keys.to(tl.float32) * tile_dk).to(LP)
+    # Pairs with one end in the chunk are summed as they are; q·dq - k·dk below is for the pairs inside, so theirs is undone.
+    past = keys.to(tl.float32) * tile_dk
+    gained += past
+    past = past.to(LP)
+    if C == BV:
+        around = around.to(LP)  # a product with ones sums over a square tile's rows and hands the sum to every row
     else:
-        total = tl.sum(around, 0) + tl.sum(keys.to(tl.float32) * tile_dk, 0)
+        total = tl.sum(around, 0)
     pairs_t = tl.where(from_on(C), pairs_t, 0.0).to(LP)
     tile_dk = tl.dot(pairs_t, queries, tile_dk, input_precision=IP)
     gained -= keys.to(tl.float32) * tile_dk
@@ -122,8 +124,9 @@ def _gentle_gradients(
 
     high, low = halves(gained, LP)
     d_log = sums(from_on(C), high, low, LP)
-    if square:
-        d_log = tl.dot(tl.full([C, C], 1.0, LP), around, d_log, input_precision="tf32x3")
+    d_log = tl.dot((tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]).to(LP), past, d_log, input_precision=IP)
+    if C == BV:
+        d_log = tl.dot(tl.full([C, C], 1.0, LP), around, d_log, input_precision=IP)
     else:
         d_log += total[None, :]
     _store_decay_gradient(
