@@ -155,7 +155,8 @@ _LAUNCHERS = {
 def _prepared(q: Tensor, v: Tensor, x: Tensor, policy: str) -> tuple[_Launchers, Any]:
     """The launchers for this decay and their configuration, under the policy that the call was made with."""
     granularity = "vector" if x.dim() == 4 else "scalar"
-    config, _ = chosen_config(architecture_of(q.device), granularity, q.shape[-1], v.shape[-1], q.dtype, policy)
+    widths = int(q.shape[-1]), int(v.shape[-1])  # kernels are compiled for one width: never symbols
+    config, _ = chosen_config(architecture_of(q.device), granularity, *widths, q.dtype, policy)
     return _LAUNCHERS[granularity], config
 
 
