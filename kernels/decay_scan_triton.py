@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.decay_source import DecaySource
-from kernels.triton_gate import Gradients
 from kernels.triton_scalar import backward as scalar_backward
 from kernels.triton_scalar import default_config as scalar_config
 from kernels.triton_scalar import forward as scalar_forward
@@ -91,10 +89,6 @@ def _kernels(log_decay: Tensor) -> _Kernels:
     return _VECTOR if log_decay.dim() == 4 else _SCALAR
 
 
-def _given(log_decay: Tensor) -> Tensor | DecaySource:
-    return log_decay if log_decay.dim() == 4 else DecaySource(x=log_decay)
-
-
 def _config(q: Tensor, v: Tensor, log_decay: Tensor) -> Any:
     return _kernels(log_decay).default_config(q.shape[-1], v.shape[-1], q.dtype)
 
@@ -113,7 +107,7 @@ def _forward(
     config = _config(q, v, log_decay)
     initial = None if initial_state is None else initial_state.float().contiguous()
     launch = _kernels(log_decay).forward
-    o, *others = launch(q, k, v, _given(log_decay), scale, initial, want_state, want_saved, config)
+    o, *others = launch(q, k, v, log_decay, scale, initial, want_state, want_saved, config)
     state, saved = (q.new_empty(0) if x is None else x for x in others)
     return o, state, saved
 
@@ -135,8 +129,7 @@ def _backward(
     kept = saved if saved.numel() else None
     do = do if do.stride(-1) == 1 else do.contiguous()
     d_state = None if d_state is None else d_state.float().contiguous()
-    found = _kernels(log_decay).backward(q, k, v, _given(log_decay), scale, initial, kept, do, d_state, config)
-    *grads, d_initial = (*found[:4], found[-1]) if isinstance(found, Gradients) else found
+    *grads, d_initial = _kernels(log_decay).backward(q, k, v, log_decay, scale, initial, kept, do, d_state, config)
     return *grads, q.new_empty(0) if d_initial is None else d_initial
 
 

@@ -3,8 +3,8 @@
 What is surprising:
 - One program has all of a chunk. It goes over K in slices and adds up what needs all of K, so that every gradient leaves whole
   and nothing is written to be summed. dv has a pass over the slices of its own: with dq and dk it would not fit the registers.
-- Where states are kept for every second chunk only (EVERY = 2), a program reads the other chunk as well: the earlier one's k and
-  v stand for what its S lacks, or the later one's q and do for what its dS lacks.
+- Where states are kept for every second chunk only (EVERY = 2), a program reads the other chunk as well: the earlier one's k
+  and v stand for what its S lacks, or the later one's q and do for what its dS lacks.
 Source: the launches are in triton_scalar.py.
 """
 
@@ -116,12 +116,10 @@ def chunk_kernel(
                     key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
             scores_t = tl.dot(kc, tl.trans(qc), scores_t, input_precision=PRECISION)
             dv_c = tl.dot(kc, d_state, dv_c, input_precision=PRECISION)
-            if EVERY == 2:
-                if later == 0:
-                    scores_other = tl.dot(kc, tl.trans(key), scores_other, input_precision=PRECISION)
-        if EVERY == 2:
-            if later == 0:
-                dv_c = tl.dot(scores_other.to(LP), value, dv_c * fade, input_precision=PRECISION)
+            if EVERY == 2 and later == 0:
+                scores_other = tl.dot(kc, tl.trans(key), scores_other, input_precision=PRECISION)
+        if EVERY == 2 and later == 0:
+            dv_c = tl.dot(scores_other.to(LP), value, dv_c * fade, input_precision=PRECISION)
         scores_t *= between(whole, fraction, rows, log2_scale, True, SPLIT)
         dv_c = tl.dot(scores_t.to(LP), dc, dv_c * to_end[:, None], input_precision=PRECISION)
         put_tile(dv + row * V, rows[:, None] * (heads * V) + cv[None, :], rows, cv, left_own, dv_c, V, BLOCK_V)
@@ -156,9 +154,8 @@ def chunk_kernel(
             inside += inside_pairs(tl.dot(kc, tl.trans(qc), input_precision=PRECISION) * values_t, rows)
 
         dk_c = tl.dot(vc, tl.trans(d_state), input_precision=PRECISION)
-        if EVERY == 2:
-            if later == 0:
-                dk_c = tl.dot(across, key, dk_c * fade, input_precision=PRECISION)
+        if EVERY == 2 and later == 0:
+            dk_c = tl.dot(across, key, dk_c * fade, input_precision=PRECISION)
         dk_c *= to_end[:, None]
         leaving += tl.sum(dk_c * kc, 1)
         dk_c = tl.dot(weighted_t, qc, dk_c, input_precision=PRECISION)
@@ -171,9 +168,8 @@ def chunk_kernel(
             state = get_state(starts + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
             around += tl.sum(state.to(tl.float32) * d_state, 1)
         dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
-        if EVERY == 2:
-            if later == 1:
-                dq_c = tl.dot(across, key, dq_c * fade, input_precision=PRECISION)
+        if EVERY == 2 and later == 1:
+            dq_c = tl.dot(across, key, dq_c * fade, input_precision=PRECISION)
         dq_c *= from_start[:, None]
         if SPLIT:
             inside += tl.sum(dq_c * qc, 1)
