@@ -33,6 +33,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from torch import Tensor
 from kernels.decay_source import DecaySource
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_vector_backward import gradients_kernel
-from kernels.triton_vector_forward import carry_kernel, forward_kernel, rows_kernel, states_kernel
+from kernels.triton_vector_forward import carry_kernel, forward_kernel, outputs_kernel, states_kernel
 from kernels.triton_vector_spans import Sequences, Spans
 
 GROUP = 16  # chunks that one program of a launch for flagged chunks looks at
@@ -62,8 +63,8 @@ class VectorConfig:
     forward: "fused" is one walk along the chunks, "split" a walk that makes states and a kernel that takes all chunks at
     once.
     warps, stages, registers (most per thread), value_block (widest piece of V in one program): of the fused forward pass.
-    walk_…: of the walks that make states. rows_…: of the kernel that makes o from states, or dv where the gradients' programs
-    have a part of K only. gradient_…: of the gradients; there V is gone through in pieces.
+    walk_…: of the walks that make states. output_…: of the kernel that makes o from states. gradient_…: of the gradients, where
+    a program goes through V in pieces and each piece of K is a launch of its own, that adds to dv.
     """
 
     chunk: int = 64
@@ -80,9 +81,9 @@ class VectorConfig:
     walk_registers: int | None = None
     walk_key_block: int = 64
     walk_value_block: int = 64
-    rows_warps: int = 4
-    rows_registers: int | None = None
-    rows_value_block: int = 64
+    output_warps: int = 4
+    output_registers: int | None = None
+    output_value_block: int = 64
     gradient_warps: int = 4
     gradient_registers: int | None = None
     gradient_key_block: int = 64
@@ -122,7 +123,7 @@ def forward(
         if exact or config.forward == "split":
             flags = None if exact else call.new_flags(call.walk_pieces[1])
             states, final = call.states(k_bthk, v_bthv, 1.0, initial, want_state, flags)
-            call.rows(v_bthv, scale, o, states, flags, exact=exact)
+            call.outputs(scale, o, states, flags, exact=exact)
         else:
             states = call.new_states() if keep else None
             final = _fused(call, scale, o, initial, want_state, states)
@@ -181,7 +182,7 @@ class _Call:
         self.sequences = Sequences(rows=rows, tokens=self.tokens, cu_seqlens=cu_seqlens)
         self.chunks = self.sequences.chunks(config.chunk)
         self.whole_k, whole_v = _padded(self.key_dim), _padded(self.value_dim)
-        self.forward_v, self.rows_v = min(config.value_block, whole_v), min(config.rows_value_block, whole_v)
+        self.forward_v, self.output_v = min(config.value_block, whole_v), min(config.output_value_block, whole_v)
         self.walk_k, self.walk_v = min(config.walk_key_block, self.whole_k), min(config.walk_value_block, whole_v)
         self.gradient_k = min(config.gradient_key_block, self.whole_k)
         self.gradient_v = min(config.gradient_value_block, whole_v)
@@ -263,24 +264,22 @@ class _Call:
             num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers),
         )  # fmt: skip
 
-    def rows(
-        self, y: Tensor, scale: float, out: Tensor, states: Tensor | None, flags: Tensor | None, *, exact: bool,
-        reverse: bool = False, chunk: int | None = None,
-    ) -> None:  # fmt: skip
-        """o from (v, states), or dv from (do, state gradients). Without states `out` holds their part, and only what is
-        flagged is done."""
+    def outputs(
+        self, scale: float, o: Tensor, states: Tensor | None, flags: Tensor | None, *, exact: bool, chunk: int | None = None
+    ) -> None:
+        """o from the states. Without them it holds their part, and only what is flagged is done."""
         config = self.config
         chunk = config.chunk if chunk is None else chunk
         every = config.chunk // chunk
-        for again in _launches(exact, flagged_only=states is None):
-            group, warps = (GROUP, 4) if again else (1, config.rows_warps)
-            rows_kernel[(triton.cdiv(self.chunks * every, group) * self.heads, triton.cdiv(self.value_dim, self.rows_v))](
-                q=self.q, k=self.k, y=y, out=out, states=states, flags=flags, table=self.table, scale=float(scale),
+        for again in (True,) if states is None else _launches(exact):
+            group, warps = (GROUP, 4) if again else (1, config.output_warps)
+            outputs_kernel[(triton.cdiv(self.chunks * every, group) * self.heads, triton.cdiv(self.value_dim, self.output_v))](
+                q=self.q, k=self.k, v=self.v, o=o, states=states, flags=flags, table=self.table, scale=float(scale),
                 T=self.tokens, H=self.heads, chunks=self.chunks * every,
-                **self.source, **_strides("q", self.q), **_strides("k", self.k), **_strides("y", y),
-                AGAIN=again, REVERSE=reverse, PIECES=1 if flags is None else flags.shape[0], GROUP=group, EVERY=every,
-                BK=min(NARROWEST, self.whole_k), BV=self.rows_v, **self.cut(chunk, exact=exact or again), **self.sizes,
-                num_warps=warps, num_stages=1, **_registers(None if again else config.rows_registers),
+                **self.source, **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v),
+                AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, EVERY=every,
+                BK=NARROWEST, BV=self.output_v, **self.cut(chunk, exact=exact or again), **self.sizes,
+                num_warps=warps, num_stages=1, **_registers(None if again else config.output_registers),
             )  # fmt: skip
 
 
@@ -302,7 +301,7 @@ def _fused(
         EVERY=every, BK=call.whole_k, BV=call.forward_v, STAGES=config.stages, **call.cut(chunk), **call.sizes,
         num_warps=config.warps, num_stages=config.stages, **_registers(config.registers),
     )  # fmt: skip
-    call.rows(call.v, scale, o, None, flags, exact=False, chunk=chunk)
+    call.outputs(scale, o, None, flags, exact=False, chunk=chunk)
     return final
 
 
@@ -320,28 +319,24 @@ def _gradients(
     if call.table is not None:
         for name in used:
             rows[name].zero_()
-    whole = call.gradient_k >= call.key_dim
-    for again in _launches(exact):
+    for again, first_key in product(_launches(exact), range(0, call.key_dim, call.gradient_k)):
         group, warps = (GROUP, 4) if again else (1, config.gradient_warps)
-        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.key_dim, call.gradient_k))](
-            q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv if whole else None, dx=dx, dgain=rows["gain"], doffset=rows["offset"],
+        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads,)](
+            q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, dx=dx, dgain=rows["gain"], doffset=rows["offset"],
             states=states, dstates=dstates, flags=flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
-            chunks=call.chunks, **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
+            chunks=call.chunks, first_key=first_key,
+            **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
             AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, BK=call.gradient_k, BV=call.gradient_v,
             **call.cut(config.chunk, exact=exact or again), **call.sizes,
             num_warps=warps, num_stages=1, **_registers(None if again else config.gradient_registers),
         )  # fmt: skip
-    if not whole:
-        call.rows(do, scale, dv, dstates, flags, exact=exact, reverse=True)
     summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
     return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=None)
 
 
-def _launches(exact: bool, flagged_only: bool = False) -> tuple[bool, ...]:
+def _launches(exact: bool) -> tuple[bool, ...]:
     """Of a kernel that takes all chunks at once: whether each launch is the one for flagged chunks."""
-    if exact:
-        return (False,)
-    return (True,) if flagged_only else (False, True)
+    return (False,) if exact else (False, True)
 
 
 def _interpreted() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_gate import input_gradient, shared_key
+from kernels.triton_gate import input_gradient, lambda_of, shared_key
 from kernels.triton_vector_tiles import (
     HALF_RANGE,
     after,
@@ -42,13 +42,13 @@ def _store_decay_gradient(
     KIND: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of log λ to those of x and, summed over the chunk, of gain and offset. Loads x once more."""
-    tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
+    tile_x = load_tile(x, x_t, first_key, left, C, K, BK).to(tl.float32)
     tile_gain = load_row(gain, first_key, 1.0, K, BK)
     tile_offset = load_row(offset, first_key, 0.0, K, BK)
     log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
     if SHARED:
-        d_log -= tl.exp2(log2) * tile_dk  # k = 1 - λ
-    d_x, d_gain, d_offset = input_gradient(d_log, tile_x.to(tl.float32), tile_gain, tile_offset, slope, log2, KIND)
+        d_log -= lambda_of(tile_x, tile_offset, slope, log2, KIND) * tile_dk  # k = 1 - λ
+    d_x, d_gain, d_offset = input_gradient(d_log, tile_x, tile_gain, tile_offset, slope, log2, KIND)
     store_tile(dx, dx_t, first_key, left, d_x, C, K, BK)
     columns = first_key + tl.arange(0, BK)
     here = mask_of(first_key, left, C, K, BK)
@@ -56,6 +56,18 @@ def _store_decay_gradient(
         tl.store(dgain + columns, tl.sum(tl.where(here, d_gain, 0.0), 0), mask=columns < K)
     if doffset is not None:
         tl.store(doffset + columns, tl.sum(tl.where(here, d_offset, 0.0), 0), mask=columns < K)
+
+
+@triton.jit
+def _add_to_dv(
+    dv, dv_t, first_key, first_value, left, tile_dv, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """The first piece of K finds nothing there; the others add their shares, one launch after another."""
+    if K > BK:  # noqa: SIM102
+        if first_key > 0:
+            tile_dv += load_tile(dv, dv_t, first_value, left, C, V, BV).to(tl.float32)
+    store_tile(dv, dv_t, first_value, left, tile_dv, C, V, BV)
 
 
 @triton.jit
@@ -134,18 +146,17 @@ def _gentle_gradients(
         d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK
     )
 
-    if dv is not None:
-        a = tl.dot(keys, tl.trans(queries), input_precision=IP)
-        a = tl.where(from_on(C), a, 0.0).to(LP)
-        decayed = (keys.to(tl.float32) * edge[None, :]).to(LP)
-        for first_value in tl.static_range(0, V, BV):
-            if V > BV:
-                tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
-                row, col, inside = state_offsets(first_value, first_key, V, K, BV, BK)
-                dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
-            tile_dv = tl.dot(decayed, tl.trans(dstate.to(LP)), input_precision=IP)
-            tile_dv = tl.dot(a, tile_do, tile_dv, input_precision=IP)
-            store_tile(dv, dv_t, first_value, left, tile_dv, C, V, BV)
+    a = tl.dot(keys, tl.trans(queries), input_precision=IP)
+    a = tl.where(from_on(C), a, 0.0).to(LP)
+    decayed = (keys.to(tl.float32) * edge[None, :]).to(LP)
+    for first_value in tl.static_range(0, V, BV):
+        if V > BV:
+            tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
+            row, col, inside = state_offsets(first_value, first_key, V, K, BV, BK)
+            dstate = tl.load(dstates + row * K + col, mask=inside, other=0.0)
+        tile_dv = tl.dot(decayed, tl.trans(dstate.to(LP)), input_precision=IP)
+        tile_dv = tl.dot(a, tile_do, tile_dv, input_precision=IP)
+        _add_to_dv(dv, dv_t, first_key, first_value, left, tile_dv, C, K, V, BK, BV)
 
 
 @triton.jit
@@ -155,7 +166,7 @@ def _gradients_of_chunk(
     KIND: tl.constexpr, ONE_HALF: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's dq, dk and decay's gradients for BK channels, and its dv where one program has all of K.
+    """One chunk's dq, dk and decay's gradients for BK channels, and their share of its dv.
 
     The gradient of log λ_t is summed over the pairs that t lies between, and over no other that would have to cancel.
     """
@@ -193,8 +204,7 @@ def _gradients_of_chunk(
     tile_dk = decay * dk_state
     d_log = tl.dot((i > j).to(LP), (tile_k * tile_dk).to(LP), d_log, input_precision=IP)
     d_log += (tl.exp2(tl.sum(log2, 0)) * across)[None, :]
-    if dv is not None:
-        decayed = (tile_k * decay).to(LP)
+    decayed = (tile_k * decay).to(LP)
     # pairs within a block: in blocks of one token i = j, which gives d_log nothing
     d = decay_sums(around_middle(C, BASE), high, low, ONE_HALF, LP)
     decay = tl.exp2(d)
@@ -210,8 +220,7 @@ def _gradients_of_chunk(
         gained = queries.to(tl.float32) * dq_block - keys_.to(tl.float32) * dk_block
         gained_high, gained_low = halves(gained, LP)
         d_log += sums(from_on(C) & block, gained_high, gained_low, LP)
-    if dv is not None:
-        a = tl.where((i <= j) & block, tl.dot(keys_, tl.trans(queries), input_precision=IP), 0.0)
+    a = tl.where((i <= j) & block, tl.dot(keys_, tl.trans(queries), input_precision=IP), 0.0)
     # pairs across blocks, level by level
     for level in range(BASE, LOGC):
         late, weights, across_blocks = merging(level, C)
@@ -223,33 +232,30 @@ def _gradients_of_chunk(
         tile_dk += tl.where(late, 0.0, decay * d_both)
         d_both *= both.to(tl.float32)
         d_log = tl.dot(crossing(level, C).to(LP), d_both.to(LP), d_log, input_precision=IP)
-        if dv is not None:
-            a += tl.where(across_blocks & (i < j), tl.dot(both, tl.trans(both), input_precision=IP), 0.0)
+        a += tl.where(across_blocks & (i < j), tl.dot(both, tl.trans(both), input_precision=IP), 0.0)
     store_tile(dq, dk_t, first_key, left, tile_dq * scale, C, K, BK)
     if k is not None:
         store_tile(dk, dk_t, first_key, left, tile_dk, C, K, BK)
     _store_decay_gradient(
         d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK
     )
-    if dv is not None:
-        a = a.to(LP)
-        for first_value in tl.static_range(0, V, BV):
-            tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
-            values, keys, inside = state_offsets(first_value, first_key, V, K, BV, BK)
-            dstate = tl.load(dstates + values * K + keys, mask=inside, other=0.0)
-            tile_dv = tl.dot(decayed, tl.trans(dstate.to(LP)), input_precision=IP)
-            tile_dv = tl.dot(a, tile_do, tile_dv, input_precision=IP)
-            store_tile(dv, dv_t, first_value, left, tile_dv, C, V, BV)
+    a = a.to(LP)
+    for first_value in tl.static_range(0, V, BV):
+        tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
+        values, keys, inside = state_offsets(first_value, first_key, V, K, BV, BK)
+        dstate = tl.load(dstates + values * K + keys, mask=inside, other=0.0)
+        tile_dv = tl.dot(decayed, tl.trans(dstate.to(LP)), input_precision=IP)
+        tile_dv = tl.dot(a, tile_do, tile_dv, input_precision=IP)
+        _add_to_dv(dv, dv_t, first_key, first_value, left, tile_dv, C, K, V, BK, BV)
 
 
 @triton.jit
 def _gradients_at(
     q, k, v, x, gain, offset, do, dq, dk, dv, dx, dgain, doffset, states, dstates, scale, slope, T, H, chunk, b, h, start, left,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, do_b, do_t, do_h,
+    first_key, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, do_b, do_t, do_h,
     KIND: tl.constexpr, ONE_HALF: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    first_key = tl.program_id(1) * BK
     row = (b * T + start) * H + h
     tile = chunk * H + h
     q += b * q_b + h * q_h + start * q_t
@@ -258,11 +264,10 @@ def _gradients_at(
     do += b * do_b + h * do_h + start * do_t
     dq += row * K
     dx += row * K
+    dv += row * V
     if k is not None:
         k += b * k_b + h * k_h + start * k_t
         dk += row * K
-    if dv is not None:
-        dv += row * V
     if gain is not None:
         gain += h * K
     if offset is not None:
@@ -288,12 +293,12 @@ def _gradients_at(
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def gradients_kernel(
     q, k, v, x, gain, offset, do, dq, dk, dv, dx, dgain, doffset, states, dstates, flags, table, scale, slope, T, H, chunks,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, do_b, do_t, do_h,
+    first_key, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, do_b, do_t, do_h,
     AGAIN: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr,
     LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of every chunk that is not flagged, or, if AGAIN, of those of a group that are."""
+    """The gradients of every chunk that is not flagged, or, if AGAIN, of those of a group that are; of one piece of K."""
     h = (tl.program_id(0) % H).to(tl.int64)
     first = (tl.program_id(0) // H).to(tl.int64) * GROUP
     if AGAIN:
@@ -304,7 +309,7 @@ def gradients_kernel(
                 if flagged(flags, chunk, h, H, chunks, PIECES):
                     _gradients_at(
                         q, k, v, x, gain, offset, do, dq, dk, dv, dx, dgain, doffset, states, dstates, scale, slope, T, H,
-                        chunk, b, h, start, left,
+                        chunk, b, h, start, left, first_key,
                         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, do_b, do_t, do_h,
                         KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
                     )  # fmt: skip
@@ -317,7 +322,7 @@ def gradients_kernel(
                 return
         _gradients_at(
             q, k, v, x, gain, offset, do, dq, dk, dv, dx, dgain, doffset, states, dstates, scale, slope, T, H,
-            first, b, h, start, left,
+            first, b, h, start, left, first_key,
             q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, do_b, do_t, do_h,
             KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
         )  # fmt: skip

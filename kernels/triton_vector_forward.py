@@ -1,8 +1,7 @@
 """The forward pass of a vector decay, as Triton kernels: walks along the chunks, and all chunks at once where states are known.
 
 What is surprising: the kernel that walks with states makes those of the forward pass from (k, v) and, in reverse, their
-gradients from (q, do); the kernel that makes a chunk's rows gives o from v and, transposed, dv from do. A flagged chunk's rows
-are made again with blocks of one token.
+gradients from (q, do). A flagged chunk's outputs are made again with blocks of one token.
 Source: triton_vector.py says how, and launches them.
 """
 
@@ -20,7 +19,6 @@ from kernels.triton_vector_tiles import (
     decay_halves,
     decay_sums,
     flagged,
-    from_on,
     last_row,
     load_row,
     load_tile,
@@ -36,25 +34,18 @@ from kernels.triton_vector_tiles import (
 
 @triton.jit
 def _pair_weights(
-    q, k, d, high, low, REVERSE: tl.constexpr, ONE_HALF: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr,
-    LP: tl.constexpr, IP: tl.constexpr,
+    q, k, d, high, low, ONE_HALF: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
-    """A_ij = Σ_d q_i k_j λ_{j+1}…λ_i for i >= j, or its transpose. q and k in fp32; d from around_middle."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
+    """A_ij = Σ_d q_i k_j λ_{j+1}…λ_i for i >= j. q and k in fp32; d from around_middle."""
     queries = (q * tl.exp2(d)).to(LP)
     keys = (k * tl.exp2(-d)).to(LP)
-    if REVERSE:
-        causal = i <= j
-        a = tl.dot(keys, tl.trans(queries), input_precision=IP)
-    else:
-        causal = i >= j
-        a = tl.dot(queries, tl.trans(keys), input_precision=IP)
-    a = tl.where(causal & same_block(C, BASE), a, 0.0)
+    a = tl.dot(queries, tl.trans(keys), input_precision=IP)
+    a = tl.where(up_to(C) & same_block(C, BASE), a, 0.0)
     for level in tl.static_range(BASE, LOGC):
         late, weights, pairs = merging(level, C)
         x = (tl.where(late, q, k) * tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))).to(LP)
-        a += tl.where(causal & pairs, tl.dot(x, tl.trans(x), input_precision=IP), 0.0)
+        a += tl.where(up_to(C) & pairs, tl.dot(x, tl.trans(x), input_precision=IP), 0.0)
     return a
 
 
@@ -114,7 +105,7 @@ def forward_kernel(
         else:
             d = decay_sums(around_middle(C, BASE), high, low, ONE_HALF, LP)
             steep = tl.max(tl.max(tl.abs(d), 1), 0) > HALF_RANGE
-            a = _pair_weights(tile_q, tile_k, d, high, low, False, ONE_HALF, C, BASE, LOGC, LP, IP)
+            a = _pair_weights(tile_q, tile_k, d, high, low, ONE_HALF, C, BASE, LOGC, LP, IP)
             queries = tile_q * tl.exp2(since)
             keys = tile_k * tl.exp2(total[None, :] - since)
         if LP == tl.float32:  # noqa: SIM300
@@ -249,19 +240,16 @@ def carry_kernel(
 
 
 @triton.jit
-def _rows_of_chunk(
-    q, k, y, x, gain, offset, out, states, scale, slope, left, first_value, q_t, k_t, y_t, x_t, out_t,
-    REVERSE: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
+def _outputs_of_chunk(
+    q, k, v, x, gain, offset, o, states, scale, slope, left, first_value, q_t, k_t, v_t, x_t, o_t,
+    KIND: tl.constexpr, ONE_HALF: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's o from v and the state before it, or its dv from do and the state gradient after it.
-
-    Without states, what `out` holds stands for their part.
-    """
+    """One chunk's o from the state before it. Without states, what `o` holds stands for the state's part."""
     a = tl.zeros([C, C], tl.float32)
-    rows = tl.zeros([C, BV], tl.float32)
+    out = tl.zeros([C, BV], tl.float32)
     if states is None:
-        rows += load_tile(out, out_t, first_value, left, C, V, BV).to(tl.float32)
+        out += load_tile(o, o_t, first_value, left, C, V, BV).to(tl.float32)
     for first_key in tl.static_range(0, K, BK):
         tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
         tile_gain = load_row(gain, first_key, 1.0, K, BK)
@@ -270,42 +258,34 @@ def _rows_of_chunk(
         high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
         tile_q = load_tile(q, q_t, first_key, left, C, K, BK).to(tl.float32) * scale
         tile_k = shared_key(log2) if k is None else load_tile(k, k_t, first_key, left, C, K, BK).to(tl.float32)
+        since = decay_sums(up_to(C), high, low, ONE_HALF, LP)
         if BASE == LOGC:
-            since = decay_sums(up_to(C), high, low, ONE_HALF, LP)
-            half = 0.5 * last_row(since, C)
-            tile_q *= tl.exp2(since - half[None, :])
-            tile_k *= tl.exp2(half[None, :] - since)
-            edge = tl.exp2(half)[None, :]
-            if REVERSE:
-                a = tl.dot(tile_k.to(LP), tl.trans(tile_q.to(LP)), a, input_precision=IP)
-                decayed = tile_k * edge
-            else:
-                a = tl.dot(tile_q.to(LP), tl.trans(tile_k.to(LP)), a, input_precision=IP)
-                decayed = tile_q * edge
+            half = 0.5 * last_row(since, C)[None, :]
+            tile_q *= tl.exp2(since - half)
+            tile_k *= tl.exp2(half - since)
+            a = tl.dot(tile_q.to(LP), tl.trans(tile_k.to(LP)), a, input_precision=IP)
+            queries = tile_q * tl.exp2(half)
         else:
             d = decay_sums(around_middle(C, BASE), high, low, ONE_HALF, LP)
-            a += _pair_weights(tile_q, tile_k, d, high, low, REVERSE, ONE_HALF, C, BASE, LOGC, LP, IP)
-            if REVERSE:
-                decayed = tile_k * tl.exp2(decay_sums(after(C), high, low, ONE_HALF, LP))
-            else:
-                decayed = tile_q * tl.exp2(decay_sums(up_to(C), high, low, ONE_HALF, LP))
+            a += _pair_weights(tile_q, tile_k, d, high, low, ONE_HALF, C, BASE, LOGC, LP, IP)
+            queries = tile_q * tl.exp2(since)
         if states is not None:
             row, col, inside = state_offsets(first_value, first_key, V, K, BV, BK)
             state = tl.load(states + row * K + col, mask=inside, other=0.0).to(LP)
-            rows = tl.dot(decayed.to(LP), tl.trans(state), rows, input_precision=IP)
+            out = tl.dot(queries.to(LP), tl.trans(state), out, input_precision=IP)
     if BASE == LOGC:
-        a = tl.where(from_on(C) if REVERSE else up_to(C), a, 0.0)
-    tile_y = load_tile(y, y_t, first_value, left, C, V, BV).to(LP)
-    rows = tl.dot(a.to(LP), tile_y, rows, input_precision=IP)
-    store_tile(out, out_t, first_value, left, rows, C, V, BV)
+        a = tl.where(up_to(C), a, 0.0)
+    tile_v = load_tile(v, v_t, first_value, left, C, V, BV).to(LP)
+    out = tl.dot(a.to(LP), tile_v, out, input_precision=IP)
+    store_tile(o, o_t, first_value, left, out, C, V, BV)
 
 
 @triton.jit
-def _rows_at(
-    q, k, y, x, gain, offset, out, states, scale, slope, T, H, chunk, b, h, start, left,
-    q_b, q_t, q_h, k_b, k_t, k_h, y_b, y_t, y_h, x_b, x_t, x_h,
-    REVERSE: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
+def _outputs_at(
+    q, k, v, x, gain, offset, o, states, scale, slope, T, H, chunk, b, h, start, left,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h,
+    KIND: tl.constexpr, ONE_HALF: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     if k is not None:
         k += b * k_b + h * k_h + start * k_t
@@ -315,22 +295,22 @@ def _rows_at(
         offset += h * K
     if states is not None:
         states += (chunk * H + h) * (K * V)
-    _rows_of_chunk(
-        q + b * q_b + h * q_h + start * q_t, k, y + b * y_b + h * y_h + start * y_t, x + b * x_b + h * x_h + start * x_t,
-        gain, offset, out + ((b * T + start) * H + h) * V, states, scale, slope, left, tl.program_id(1) * BV,
-        q_t, k_t, y_t, x_t, H * V, REVERSE, KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
+    _outputs_of_chunk(
+        q + b * q_b + h * q_h + start * q_t, k, v + b * v_b + h * v_h + start * v_t, x + b * x_b + h * x_h + start * x_t,
+        gain, offset, o + ((b * T + start) * H + h) * V, states, scale, slope, left, tl.program_id(1) * BV,
+        q_t, k_t, v_t, x_t, H * V, KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
-def rows_kernel(
-    q, k, y, x, gain, offset, out, states, flags, table, scale, slope, T, H, chunks,
-    q_b, q_t, q_h, k_b, k_t, k_h, y_b, y_t, y_h, x_b, x_t, x_h,
-    AGAIN: tl.constexpr, REVERSE: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, PIECES: tl.constexpr,
-    GROUP: tl.constexpr, EVERY: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
+def outputs_kernel(
+    q, k, v, x, gain, offset, o, states, flags, table, scale, slope, T, H, chunks,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h,
+    AGAIN: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
+    EVERY: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    BASE: tl.constexpr, LOGC: tl.constexpr, LP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """_rows_of_chunk for every chunk that is not flagged, or, if AGAIN, for those of a group that are."""
+    """The outputs of every chunk that is not flagged, or, if AGAIN, of those of a group that are."""
     h = (tl.program_id(0) % H).to(tl.int64)
     first = (tl.program_id(0) // H).to(tl.int64) * GROUP
     if AGAIN:
@@ -339,10 +319,10 @@ def rows_kernel(
             b, start, left = chunk_of(table, chunk, T, C, EVERY)
             if left > 0:  # noqa: SIM102
                 if flagged(flags, chunk, h, H, chunks, PIECES):
-                    _rows_at(
-                        q, k, y, x, gain, offset, out, states, scale, slope, T, H, chunk, b, h, start, left,
-                        q_b, q_t, q_h, k_b, k_t, k_h, y_b, y_t, y_h, x_b, x_t, x_h,
-                        REVERSE, KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
+                    _outputs_at(
+                        q, k, v, x, gain, offset, o, states, scale, slope, T, H, chunk, b, h, start, left,
+                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h,
+                        KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
                     )  # fmt: skip
     else:
         b, start, left = chunk_of(table, first, T, C, EVERY)
@@ -351,8 +331,8 @@ def rows_kernel(
         if flags is not None:  # noqa: SIM102
             if flagged(flags, first, h, H, chunks, PIECES):
                 return
-        _rows_at(
-            q, k, y, x, gain, offset, out, states, scale, slope, T, H, first, b, h, start, left,
-            q_b, q_t, q_h, k_b, k_t, k_h, y_b, y_t, y_h, x_b, x_t, x_h,
-            REVERSE, KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
+        _outputs_at(
+            q, k, v, x, gain, offset, o, states, scale, slope, T, H, first, b, h, start, left,
+            q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h,
+            KIND, ONE_HALF, K, V, BK, BV, C, BASE, LOGC, LP, IP,
         )  # fmt: skip
