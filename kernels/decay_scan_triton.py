@@ -115,10 +115,10 @@ def chosen_config(
 ) -> tuple[Any, str]:
     """(the configuration, where it comes from), for a policy that is asked for or "".
 
-    The table is measured with 16-bit tensors and is for them alone.
+    The table is measured with bf16 tensors and is for them alone.
     """
     launchers, measured = _LAUNCHERS[granularity], None
-    if dtype != torch.float32:
+    if dtype == torch.bfloat16:
         measured = tuned_config(architecture, granularity, key_dim, value_dim, launchers.config)
     default = launchers.default_config(key_dim, value_dim, dtype)  # which saves
     config, origin = (default, "default") if measured is None else (measured, "tuned.json")
@@ -155,7 +155,8 @@ _LAUNCHERS = {
 def _prepared(q: Tensor, v: Tensor, x: Tensor, policy: str) -> tuple[_Launchers, Any]:
     """The launchers for this decay and their configuration, under the policy that the call was made with."""
     granularity = "vector" if x.dim() == 4 else "scalar"
-    config, _ = chosen_config(architecture_of(q.device), granularity, q.shape[-1], v.shape[-1], q.dtype, policy)
+    widths = int(q.shape[-1]), int(v.shape[-1])  # kernels are compiled for one width: never symbols
+    config, _ = chosen_config(architecture_of(q.device), granularity, *widths, q.dtype, policy)
     return _LAUNCHERS[granularity], config
 
 

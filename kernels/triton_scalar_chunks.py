@@ -2,9 +2,9 @@
 
 What is surprising:
 - One program has all of a chunk. It goes over K in slices and adds up what needs all of K, so that every gradient leaves whole
-  and nothing is written to be summed.
-- Where states are kept for every second chunk only (EVERY = 2), a program makes the one that it lacks: S of the later chunk,
-  dS of the earlier one, by one product with the other chunk.
+  and nothing is written to be summed. dv has a pass over the slices of its own: with dq and dk it would not fit the registers.
+- Where states are kept for every second chunk only (EVERY = 2), a program reads the other chunk as well: the earlier one's k
+  and v stand for what its S lacks, or the later one's q and do for what its dS lacks.
 Source: the launches are in triton_scalar.py.
 """
 
@@ -43,6 +43,8 @@ def chunk_kernel(
 ):
     """starts, ends: S before and dS after each slot of EVERY chunks. dv is None where a walk has made it. BLOCK_V holds V."""
     SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    # A large S is read when dS has left its shared memory, and one program more fits a multiprocessor.
+    LATE: tl.constexpr = EVERY == 1 and BLOCK_K * BLOCK_V > 64 * 64
     head = (tl.program_id(0) % heads).to(tl.int64)
     chunk = tl.program_id(0) // heads
     slot = chunk // EVERY
@@ -61,24 +63,27 @@ def chunk_kernel(
     row = (batch * tokens + own) * heads + head
     factor, shift = gate_parameters(gain, offset, head)
     left_own = left - later * CHUNK
-    vc = get_tile(v_base, rows[:, None] * (v_t * ALIGN) + cv[None, :], rows, cv, left_own, V, BLOCK_V, LP)
+    kept = (slot.to(tl.int64) * heads + head) * (K * V)
+    q_offsets = rows[:, None] * (q_t * ALIGN)
+    k_offsets = rows[:, None] * (k_t * ALIGN)
     dc = get_tile(d_base, rows[:, None] * (d_t * ALIGN) + cv[None, :], rows, cv, left_own, V, BLOCK_V, LP)
     xc, log2 = get_decays(x_base, rows * x_t, rows, left_own, factor, shift, slope, KIND)
     whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
     from_start = tl.exp2(whole + fraction + log2_scale)
     to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
     if EVERY == 2:
-        # The other chunk: k and v of the one before, for S; q and do of the one after, for dS.
+        # The other chunk of the slot. For the later of the two it comes before, and its k and v are wanted; for the earlier one
+        # it comes after, and its q and do are. `fade` is its decay.
         to_other = CHUNK - 2 * later * CHUNK
         left_other = left_own - to_other
         if later == 1:
             key_base = k_base + to_other * k_t * ALIGN
-            key_t = k_t * ALIGN
+            key_offsets = k_offsets
             value_base = v_base + to_other * v_t * ALIGN
             value_t = v_t * ALIGN
         else:
             key_base = q_base + to_other * q_t * ALIGN
-            key_t = q_t * ALIGN
+            key_offsets = q_offsets
             value_base = d_base + to_other * d_t * ALIGN
             value_t = d_t * ALIGN
         value = get_tile(value_base, rows[:, None] * value_t + cv[None, :], rows, cv, left_other, V, BLOCK_V, LP)
@@ -89,59 +94,100 @@ def chunk_kernel(
         power += tl.where(later == 1, other_fraction_total - other_fraction, other_fraction)
         value = (value * tl.exp2(power)[:, None]).to(LP)
         fade = tl.exp2(other_total + other_fraction_total)
+    if SLICES_K == 1:
+        ck = tl.arange(0, BLOCK_K)
+        qc = get_tile(q_base, q_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
+        kc = get_tile(k_base, k_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
+        d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+        if EVERY == 2:
+            key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
 
+    if dv is not None:
+        scores_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+        scores_other = tl.zeros([CHUNK, CHUNK], tl.float32)
+        dv_c = tl.zeros([CHUNK, BLOCK_V], tl.float32)
+        for piece in tl.range(0, SLICES_K, num_stages=STAGES):
+            if SLICES_K > 1:
+                ck = piece * BLOCK_K + tl.arange(0, BLOCK_K)
+                qc = get_tile(q_base, q_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
+                kc = get_tile(k_base, k_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
+                d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+                if EVERY == 2:
+                    key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
+            scores_t = tl.dot(kc, tl.trans(qc), scores_t, input_precision=PRECISION)
+            dv_c = tl.dot(kc, d_state, dv_c, input_precision=PRECISION)
+            if EVERY == 2 and later == 0:
+                scores_other = tl.dot(kc, tl.trans(key), scores_other, input_precision=PRECISION)
+        if EVERY == 2 and later == 0:
+            dv_c = tl.dot(scores_other.to(LP), value, dv_c * fade, input_precision=PRECISION)
+        scores_t *= between(whole, fraction, rows, log2_scale, True, SPLIT)
+        dv_c = tl.dot(scores_t.to(LP), dc, dv_c * to_end[:, None], input_precision=PRECISION)
+        put_tile(dv + row * V, rows[:, None] * (heads * V) + cv[None, :], rows, cv, left_own, dv_c, V, BLOCK_V)
+
+    vc = get_tile(v_base, rows[:, None] * (v_t * ALIGN) + cv[None, :], rows, cv, left_own, V, BLOCK_V, LP)
     values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION)
     values = (values * between(whole, fraction, rows, log2_scale, False, SPLIT)).to(LP)
     values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
     values_t *= between(whole, fraction, rows, log2_scale, True, SPLIT)
+    weighted_t = values_t.to(LP)
+    if EVERY == 2:
+        if later == 1:
+            across = tl.dot(dc, tl.trans(value), input_precision=PRECISION).to(LP)
+        else:
+            across = tl.dot(vc, tl.trans(value), input_precision=PRECISION).to(LP)
+        around_other = tl.zeros([CHUNK], tl.float32)
     inside = tl.zeros([CHUNK], tl.float32)
     leaving = tl.zeros([CHUNK], tl.float32)
     around = tl.zeros([BLOCK_K], tl.float32)
-    if dv is not None:
-        scores_t = tl.zeros([CHUNK, CHUNK], tl.float32)
-        dv_c = tl.zeros([CHUNK, BLOCK_V], tl.float32)
     for piece in tl.range(0, SLICES_K, num_stages=STAGES):
-        ck = piece * BLOCK_K + tl.arange(0, BLOCK_K)
-        kept = (slot.to(tl.int64) * heads + head) * (K * V)
-        state = get_state(starts + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
-        d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
-        qc = get_tile(q_base, rows[:, None] * (q_t * ALIGN) + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
-        kc = get_tile(k_base, rows[:, None] * (k_t * ALIGN) + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
-        if EVERY == 2:
-            key = get_tile(key_base, rows[:, None] * key_t + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
-            added = tl.dot(tl.trans(key), value, input_precision=PRECISION)
-            state = tl.where(later == 1, state * fade + added, state.to(tl.float32)).to(LP)
-            d_state = tl.where(later == 1, d_state.to(tl.float32), d_state * fade + added).to(LP)
-        around += tl.sum(state.to(tl.float32) * d_state, 1)
-        if SPLIT or dv is not None:
-            piece_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
-            if SPLIT:
-                inside += inside_pairs(piece_t * values_t, rows)
-        if dv is not None:
-            scores_t += piece_t
-            dv_c = tl.dot(kc, d_state, dv_c, input_precision=PRECISION)
+        if SLICES_K > 1:
+            ck = piece * BLOCK_K + tl.arange(0, BLOCK_K)
+            qc = get_tile(q_base, q_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
+            kc = get_tile(k_base, k_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
+            d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+            if EVERY == 2:
+                key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
+        if not LATE:
+            state = get_state(starts + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+            around += tl.sum(state.to(tl.float32) * d_state, 1)
+        if SPLIT:
+            inside += inside_pairs(tl.dot(kc, tl.trans(qc), input_precision=PRECISION) * values_t, rows)
 
-        dk_c = tl.dot(vc, tl.trans(d_state), input_precision=PRECISION) * to_end[:, None]
+        dk_c = tl.dot(vc, tl.trans(d_state), input_precision=PRECISION)
+        if EVERY == 2 and later == 0:
+            dk_c = tl.dot(across, key, dk_c * fade, input_precision=PRECISION)
+        dk_c *= to_end[:, None]
         leaving += tl.sum(dk_c * kc, 1)
-        dk_c = tl.dot(values_t.to(LP), qc, dk_c, input_precision=PRECISION)
+        dk_c = tl.dot(weighted_t, qc, dk_c, input_precision=PRECISION)
         if not SPLIT:
             inside -= tl.sum(dk_c * kc, 1)
         columns = rows[:, None] * (heads * K) + ck[None, :]
         put_tile(dk + row * K, columns, rows, ck, left_own, dk_c, K, BLOCK_K)
 
-        dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
+        if LATE:
+            state = get_state(starts + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+            around += tl.sum(state.to(tl.float32) * d_state, 1)
+        dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
+        if EVERY == 2 and later == 1:
+            dq_c = tl.dot(across, key, dq_c * fade, input_precision=PRECISION)
+        dq_c *= from_start[:, None]
         if SPLIT:
             inside += tl.sum(dq_c * qc, 1)
         dq_c = tl.dot(values, kc, dq_c, input_precision=PRECISION)
         if not SPLIT:
             inside += tl.sum(dq_c * qc, 1)
         put_tile(dq + row * K, columns, rows, ck, left_own, dq_c, K, BLOCK_K)
-    if dv is not None:
-        scores_t *= between(whole, fraction, rows, log2_scale, True, SPLIT)
-        dv_c = tl.dot(scores_t.to(LP), dc, dv_c * to_end[:, None], input_precision=PRECISION)
-        put_tile(dv + row * V, rows[:, None] * (heads * V) + cv[None, :], rows, cv, left_own, dv_c, V, BLOCK_V)
-    total = tl.exp2(whole_total + fraction_total)
-    d_log = decay_gradient(inside, leaving, total * tl.sum(around, 0), rows, log2, SPLIT)
+
+        if EVERY == 2:
+            if later == 1:
+                seen = tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
+            else:
+                seen = tl.dot(value, tl.trans(state), input_precision=PRECISION)
+            around_other += tl.sum(seen * key, 1)
+    around_c = tl.sum(around, 0)
+    if EVERY == 2:
+        around_c = around_c * fade + tl.sum(around_other, 0)
+    d_log = decay_gradient(inside, leaving, around_c * tl.exp2(whole_total + fraction_total), rows, log2, SPLIT)
     gain_c, offset_c = put_decay_gradient(dx + row, rows * heads, rows, left_own, d_log, xc, log2, factor, shift, slope, KIND)
     put_parameter_gradients(d_gain, d_offset, gain_c, offset_c)
 # fmt: on

@@ -121,13 +121,24 @@ def gate_parameters(gain, offset, head):
 
 
 @triton.jit
-def get_decays(base, offsets, rows, limit, factor, shift, slope, KIND: tl.constexpr):
-    """x as it is, and log2 λ; λ = 1 past the sequence's end."""
-    x = tl.load(base + offsets, mask=rows < limit, other=0.0).to(tl.float32)
+def get_x(base, offsets, rows, limit):
+    return tl.load(base + offsets, mask=rows < limit, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decays(x, rows, limit, factor, shift, slope, KIND: tl.constexpr):
+    """log2 λ; λ = 1 past the sequence's end."""
     log2 = log2_decay(x, factor, shift, slope, KIND)
     if KIND != 0:
         log2 = tl.where(rows < limit, log2, 0.0)
-    return x, log2
+    return log2
+
+
+@triton.jit
+def get_decays(base, offsets, rows, limit, factor, shift, slope, KIND: tl.constexpr):
+    """x as it is, and log2 λ."""
+    x = get_x(base, offsets, rows, limit)
+    return x, decays(x, rows, limit, factor, shift, slope, KIND)
 
 
 @triton.jit

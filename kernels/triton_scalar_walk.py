@@ -16,11 +16,12 @@ import triton.language as tl
 
 from kernels.triton_scalar_tiles import (
     between,
+    decays,
     first_slot,
     gate_parameters,
-    get_decays,
     get_state,
     get_tile,
+    get_x,
     locate,
     put_state,
     put_tile,
@@ -73,12 +74,16 @@ def walk_kernel(
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     log2_total = tl.full([], 0.0, tl.float32)
+    # x is fetched a chunk ahead by hand: the compiler does that for what is at least 4 bytes wide only.
+    ahead = get_x(x_base, rows * x_t, rows, tl.minimum(count - (chunks - 1) * CHUNK, count) if REVERSE else count)
     for c in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - c if REVERSE else c
         left = count - chunk * CHUNK
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
-        _x, log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
+        log2 = decays(ahead, rows, left, factor, shift, slope, KIND)
+        x_base += step * x_t
+        ahead = get_x(x_base, rows * x_t, rows, tl.where(c + 1 < chunks, left - step, 0))
         whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
         from_start = tl.exp2(whole + fraction + log2_scale)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
@@ -106,7 +111,6 @@ def walk_kernel(
             log2_total += whole_total + fraction_total
         k_base += step * k_t * ALIGN
         v_base += step * v_t * ALIGN
-        x_base += step * x_t
     if final is not None:
         if EACH:
             put_state(final + span * (K * V), ck, cv, state, K, V, BLOCK_K, BLOCK_V)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_gate import input_gradient, shared_key
+from kernels.triton_gate import input_gradient, lambda_of, shared_key
 from kernels.triton_vector_tiles import (
     after,
     around_middle,
@@ -27,6 +27,7 @@ from kernels.triton_vector_tiles import (
     log2_of,
     mask_of,
     merging,
+    rounded,
     state_offsets,
     store_tile,
     sums,
@@ -37,18 +38,16 @@ from kernels.triton_vector_tiles import (
 @triton.jit
 def _store_decay_gradient(
     d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dx_t, SHARED: tl.constexpr,
-    KIND: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, LP: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of log λ to those of x and, summed over the chunk, of gain and offset. Loads x once more."""
-    tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
+    tile_x = load_tile(x, x_t, first_key, left, C, K, BK).to(tl.float32)
     tile_gain = load_row(gain, first_key, 1.0, K, BK)
     tile_offset = load_row(offset, first_key, 0.0, K, BK)
-    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK, LP)
+    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
     if SHARED:
-        d_log -= tl.exp2(log2) * tile_dk  # k = 1 - λ
-    fast: tl.constexpr = LP == tl.bfloat16
-    tile_x = tile_x.to(tl.float32)
-    d_x, d_gain, d_offset = input_gradient(d_log, tile_x, tile_gain, tile_offset, slope, log2, KIND, fast)
+        d_log -= lambda_of(tile_x, tile_offset, slope, log2, KIND) * tile_dk  # k = 1 - λ
+    d_x, d_gain, d_offset = input_gradient(d_log, tile_x, tile_gain, tile_offset, slope, log2, KIND)
     store_tile(dx, dx_t, first_key, left, d_x, C, K, BK)
     columns = first_key + tl.arange(0, BK)
     here = mask_of(first_key, left, C, K, BK)
@@ -69,16 +68,16 @@ def _gentle_gradients(
     tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
     tile_gain = load_row(gain, first_key, 1.0, K, BK)
     tile_offset = load_row(offset, first_key, 0.0, K, BK)
-    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK, LP)
+    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
     high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
     d = decay_sums(around_middle(C), high, low, ONE_HALF, LP)
     if k is not None:
         keys = load_tile(k, k_t, first_key, left, C, K, BK).to(tl.float32)
     else:
-        keys = shared_key(log2, LP == tl.bfloat16)
-    keys = (keys * tl.exp2(-d)).to(LP)
+        keys = shared_key(log2)
+    keys = rounded(keys * tl.exp2(-d), LP)
     queries = load_tile(q, q_t, first_key, left, C, K, BK).to(tl.float32)
-    queries = (queries * (tl.exp2(d) * scale)).to(LP)
+    queries = rounded(queries * (tl.exp2(d) * scale), LP)
 
     tile_dq = tl.zeros([C, BK], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
@@ -130,7 +129,7 @@ def _gentle_gradients(
     else:
         d_log += total[None, :]
     _store_decay_gradient(
-        d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK, LP
+        d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK
     )
 
 
@@ -150,7 +149,7 @@ def _exact_gradients(
     tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
     tile_gain = load_row(gain, first_key, 1.0, K, BK)
     tile_offset = load_row(offset, first_key, 0.0, K, BK)
-    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK, LP)
+    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
     high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
     # dA = do vᵀ and its transpose, and what comes through the states
     pairs = tl.zeros([C, C], tl.float32)
@@ -172,7 +171,7 @@ def _exact_gradients(
     if k is not None:
         tile_k = load_tile(k, k_t, first_key, left, C, K, BK).to(tl.float32)
     else:
-        tile_k = shared_key(log2, LP == tl.bfloat16)
+        tile_k = shared_key(log2)
     # through the state before the chunk and the state after it
     decay = tl.exp2(decay_sums(up_to(C), high, low, ONE_HALF, LP))
     tile_dq = decay * dq_state
@@ -189,7 +188,7 @@ def _exact_gradients(
     for level in range(0, LOGC):
         late, weights, apart = merging(level, C)
         decay = tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))
-        both = (tl.where(late, tile_q, tile_k) * decay).to(LP)
+        both = rounded(tl.where(late, tile_q, tile_k) * decay, LP)
         d_both = tl.where(apart, tl.where(i > j, pairs, pairs_t), 0.0).to(LP)
         d_both = tl.dot(d_both, both, input_precision=IP)
         tile_dq += tl.where(late, decay * d_both, 0.0)
@@ -200,7 +199,7 @@ def _exact_gradients(
     if k is not None:
         store_tile(dk, dk_t, first_key, left, tile_dk, C, K, BK)
     _store_decay_gradient(
-        d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK, LP
+        d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK
     )
 
 

@@ -63,13 +63,13 @@ def _rows_of_chunk(
         tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
         tile_gain = load_row(gain, first_key, 1.0, K, BK)
         tile_offset = load_row(offset, first_key, 0.0, K, BK)
-        log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK, LP)
+        log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
         high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
         tile_q = load_tile(q, q_t, first_key, left, C, K, BK).to(tl.float32) * scale
         if k is not None:
             tile_k = load_tile(k, k_t, first_key, left, C, K, BK).to(tl.float32)
         else:
-            tile_k = shared_key(log2, LP == tl.bfloat16)
+            tile_k = shared_key(log2)
         if EXACT:
             a += _pair_weights(tile_q, tile_k, high, low, REVERSE, ONE_HALF, C, LOGC, LP, IP)
             if REVERSE:

@@ -83,7 +83,7 @@ def walk_kernel(
     for n in tl.range(0, steps, num_stages=STAGES):
         left = count - (first + step * n) * C
         tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
-        log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK, LP)
+        log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, C, K, BK)
         high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
         d = decay_sums(around_middle(C), high, low, ONE_HALF, LP)
         if ONE_HALF:
@@ -107,7 +107,7 @@ def walk_kernel(
         if w is not None:
             tile_w = load_tile(w, w_t, first_key, left, C, K, BK).to(tl.float32)
         else:
-            tile_w = shared_key(log2, LP == tl.bfloat16)
+            tile_w = shared_key(log2)
         if REVERSE:
             tile_w *= scale
         tile_w = (tile_w * tl.exp2(d)).to(LP)
@@ -125,7 +125,7 @@ def walk_kernel(
             if r is not None:
                 tile_r = load_tile(r, r_t, first_key, left, C, K, BK).to(tl.float32)
             else:
-                tile_r = shared_key(log2, LP == tl.bfloat16)
+                tile_r = shared_key(log2)
             if not REVERSE:
                 tile_r *= scale
             tile_r = (tile_r * tl.exp2(-d)).to(LP)
