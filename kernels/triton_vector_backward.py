@@ -28,6 +28,7 @@ from kernels.triton_vector_tiles import (
     log2_of,
     mask_of,
     merging,
+    rounded,
     same_block,
     state_offsets,
     store_tile,
@@ -102,8 +103,8 @@ def _gentle_gradients(
     half = tl.maximum(half, -HALF_RANGE)  # changed by a steep channel only: see forward_kernel
     edge = tl.exp2(half)
     d -= half[None, :]
-    queries = (queries.to(tl.float32) * (tl.exp2(d) * scale)).to(LP)
-    keys = (keys * tl.exp2(-d)).to(LP)
+    queries = rounded(queries.to(tl.float32) * (tl.exp2(d) * scale), LP)
+    keys = rounded(keys * tl.exp2(-d), LP)
 
     tile_dq = tl.dot(tile_do, state.to(LP), input_precision=IP)
     pairs = tl.dot(tile_do, tl.trans(tile_v), input_precision=IP)
@@ -209,8 +210,8 @@ def _gradients_of_chunk(
     d = decay_sums(around_middle(C, BASE), high, low, ONE_HALF, LP)
     decay = tl.exp2(d)
     growth = tl.exp2(-d)
-    queries = (tile_q * decay).to(LP)
-    keys_ = (tile_k * growth).to(LP)
+    queries = rounded(tile_q * decay, LP)
+    keys_ = rounded(tile_k * growth, LP)
     block = same_block(C, BASE)
     dq_block = tl.dot(tl.where((i >= j) & block, pairs, 0.0).to(LP), keys_, input_precision=IP)
     dk_block = tl.dot(tl.where((i <= j) & block, pairs_t, 0.0).to(LP), queries, input_precision=IP)
@@ -225,7 +226,7 @@ def _gradients_of_chunk(
     for level in range(BASE, LOGC):
         late, weights, across_blocks = merging(level, C)
         decay = tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))
-        both = (tl.where(late, tile_q, tile_k) * decay).to(LP)
+        both = rounded(tl.where(late, tile_q, tile_k) * decay, LP)
         d_both = tl.where(across_blocks, tl.where(i > j, pairs, pairs_t), 0.0).to(LP)
         d_both = tl.dot(d_both, both, input_precision=IP)
         tile_dq += tl.where(late, decay * d_both, 0.0)

@@ -99,9 +99,18 @@ def log2_of(x, gain, offset, slope, first_col, left, KIND: tl.constexpr, C: tl.c
 
 
 @triton.jit
+def rounded(x, LP: tl.constexpr):
+    """A fp32 tile in the products' dtype, in pairs: of one that is widened again the compiler would round each number alone."""
+    if LP == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return x.to(LP)
+
+
+@triton.jit
 def halves(x, LP: tl.constexpr):
-    high = x.to(LP)
-    return high, (x - high.to(tl.float32)).to(LP)
+    high = rounded(x, LP)
+    return high, rounded(x - high.to(tl.float32), LP)
 
 
 @triton.jit
