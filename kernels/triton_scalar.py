@@ -41,72 +41,17 @@ from torch import Tensor
 from kernels.decay_source import DecaySource
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_scalar_chunks import chunk_kernel
+from kernels.triton_scalar_configs import SEGMENT_STEP, Config, Launch, candidates, default_config, padded
 from kernels.triton_scalar_recompute import dkv_kernel, dq_kernel
 from kernels.triton_scalar_reverse import reverse_kernel
 from kernels.triton_scalar_walk import carry_kernel, walk_kernel
 
 CHECKPOINT = 8
-NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 SEGMENT_TOKENS = 512  # fewest in a segment
-SEGMENT_STEP = 128  # a segment's tokens are a multiple of it, and so of every chunk
 PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has per head
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How one kernel runs; block_k and block_v are the largest slice of a state that one program holds at a time.
-
-    programs: as many as fill the device; where a walk has less than half of them, sequences are cut into segments.
-    """
-
-    chunk: int
-    warps: int
-    stages: int
-    block_k: int = 64
-    block_v: int = 64
-    registers: int | None = None
-    programs: int = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """policy: `states`, `recompute` or `split`.
-
-    backward: the walk in reverse under `states` and `recompute`, the kernel for all chunks under `split`. dq: the walk forwards
-    of `recompute`, in place of backward. walk, span, dv: of `split`: the walk that makes dS; tokens from one kept state to the
-    next, one or two chunks of backward; which of the two kernels makes dv, "walk" or "chunk".
-    fp32 inputs under `recompute` have their states computed once more in the backward pass, then go as under `states`.
-    """
-
-    policy: str
-    forward: Launch
-    backward: Launch
-    dq: Launch | None = None
-    walk: Launch | None = None
-    span: int | None = None
-    dv: str = "chunk"
-
-    def __post_init__(self) -> None:
-        """ValueError for parts that do not go together."""
-        if self.policy == "states" and not self.kept_every == self.forward.chunk == self.backward.chunk:
-            raise ValueError("policy `states`: both walks go by the same chunk")
-        if self.policy == "split" and self.kept_every not in (self.backward.chunk, 2 * self.backward.chunk):
-            raise ValueError("policy `split`: a state is kept for every chunk of the backward pass, or for every second one")
-
-    @property
-    def kept_every(self) -> int:
-        """Tokens from one kept state to the next."""
-        return self.span or self.forward.chunk
-
-
-def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
-    """Returns a configuration that is right for these dims; the fastest ones are the caller's to know."""
-    if dtype == torch.float32:
-        launch = Launch(chunk=32, warps=4, stages=1, block_k=32, block_v=32)
-        return Config(policy="states", forward=launch, backward=launch)
-    large = key_dim > 64 or value_dim > 64
-    forward = Launch(chunk=64, warps=4, stages=2 if large else 3, block_k=128 if large else 64)
-    return Config(policy="states", forward=forward, backward=Launch(chunk=64, warps=4, stages=1))
+__all__ = ["Config", "Launch", "backward", "candidates", "default_config", "forward", "saved_like"]
 
 
 def forward(
@@ -249,10 +194,6 @@ def _summed(parts: Tensor, like: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0).to(like.dtype)
 
 
-def _padded(dim: int) -> int:
-    return max(NARROWEST, triton.next_power_of_2(dim))
-
-
 def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
     """States kept for each head. `packed` sequences start at slots as triton_scalar_tiles.py says, with gaps."""
     return batch * triton.cdiv(tokens, span) if packed is None else tokens // span + packed
@@ -292,7 +233,7 @@ class _Scan:
         return (stored if self.cu is None else tokens // span + 2 * self.sequences, heads, key_dim, self.value_dim)
 
     def blocks(self, launch: Launch) -> tuple[int, int]:
-        return min(launch.block_k, _padded(self.shape[3])), min(launch.block_v, _padded(self.value_dim))
+        return min(launch.block_k, padded(self.shape[3])), min(launch.block_v, padded(self.value_dim))
 
     def slices(self, launch: Launch) -> tuple[int, int]:
         block_k, block_v = self.blocks(launch)

@@ -67,7 +67,7 @@ def dq_kernel(
         state = get_state(initial + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - c * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
@@ -147,7 +147,7 @@ def dkv_kernel(
         passing = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
     gain_sum = tl.full([], 0.0, tl.float32)
     offset_sum = tl.full([], 0.0, tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)

@@ -72,7 +72,8 @@ def reverse_kernel(
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     gain_sum = tl.full([], 0.0, tl.float32)
     offset_sum = tl.full([], 0.0, tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    # masks and offsets hoisted out of the loop would be held in registers, of which there are none left
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)

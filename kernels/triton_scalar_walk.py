@@ -79,8 +79,9 @@ def walk_kernel(
     for c in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - c if REVERSE else c
         left = count - chunk * CHUNK
-        kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
+        if STAGES == 1:
+            kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
+            vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         log2 = decays(ahead, rows, left, factor, shift, slope, KIND)
         x_base += step * x_t
         ahead = get_x(x_base, rows * x_t, rows, tl.where(c + 1 < chunks, left - step, 0))
@@ -96,6 +97,9 @@ def walk_kernel(
                 due = (chunk % EVERY == EVERY - 1) | (c == 0) if REVERSE else chunk % EVERY == 0
                 if due:
                     put_state(saved_base, ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
+        if STAGES > 1:  # loaded ahead of time: waited for where they stand here, not sooner
+            kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
+            vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         if o is not None:
             qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
             scores = tl.dot(qc, tl.trans(kc), input_precision=PRECISION)

@@ -114,6 +114,17 @@ def test_what_does_not_fit_is_refused(refusal, errors):
     assert errors["refused"][refusal] is True
 
 
+@pytest.mark.parametrize("value_dim", [8, 64, 128, 256])
+@pytest.mark.parametrize("key_dim", [32, 64, 128, 256])
+def test_each_class_has_several_configurations_and_its_default_is_one_of_them(key_dim, value_dim):
+    from kernels.triton_scalar import candidates, default_config
+
+    for dtype, fewest in ((torch.bfloat16, 4), (torch.float16, 4), (torch.float32, 1)):
+        found = candidates(key_dim, value_dim, dtype)
+        assert found[0] == default_config(key_dim, value_dim, dtype) and len(set(found)) == len(found) >= fewest
+        assert all(config.backward.block_v >= value_dim for config in found if config.policy == "split")
+
+
 def test_gradients_have_the_dtypes_of_what_they_are_gradients_of(errors):
     assert errors["dtypes"] == ["float16", "float16", "float16", "bfloat16", "float64", "float32", "float32"]
 
