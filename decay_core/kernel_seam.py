@@ -26,6 +26,8 @@ def _load_selector() -> Any:
     try:
         package = importlib.import_module("kernels")
     except ModuleNotFoundError:  # decay_core was installed in place: the checkout itself is not on the path
+        package = None
+    if not hasattr(package, "__path__"):  # or a script beside a file kernels.py is running
         package = sys.modules["kernels"] = ModuleType("kernels")
         package.__path__ = []
     if _FOLDER not in package.__path__:

@@ -27,7 +27,7 @@ from kernels.triton_vector_tiles import (
     log2_of,
     mask_of,
     merging,
-    rounded,
+    operand,
     state_offsets,
     store_tile,
     sums,
@@ -75,9 +75,9 @@ def _gentle_gradients(
         keys = load_tile(k, k_t, first_key, left, C, K, BK).to(tl.float32)
     else:
         keys = shared_key(log2)
-    keys = rounded(keys * tl.exp2(-d), LP)
+    keys = operand(keys * tl.exp2(-d), LP, IP)
     queries = load_tile(q, q_t, first_key, left, C, K, BK).to(tl.float32)
-    queries = rounded(queries * (tl.exp2(d) * scale), LP)
+    queries = operand(queries * (tl.exp2(d) * scale), LP, IP)
 
     tile_dq = tl.zeros([C, BK], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
@@ -188,7 +188,7 @@ def _exact_gradients(
     for level in range(0, LOGC):
         late, weights, apart = merging(level, C)
         decay = tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))
-        both = rounded(tl.where(late, tile_q, tile_k) * decay, LP)
+        both = operand(tl.where(late, tile_q, tile_k) * decay, LP, IP)
         d_both = tl.where(apart, tl.where(i > j, pairs, pairs_t), 0.0).to(LP)
         d_both = tl.dot(d_both, both, input_precision=IP)
         tile_dq += tl.where(late, decay * d_both, 0.0)

@@ -105,6 +105,15 @@ def rounded(x, LP: tl.constexpr):
 
 
 @triton.jit
+def operand(x, LP: tl.constexpr, IP: tl.constexpr):
+    """A fp32 tile as the products see it, for sums outside of them that are to cancel against theirs."""
+    if LP == tl.float32 and IP == "tf32":
+        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)  # 10 digits, as tf32 has
+    else:
+        return rounded(x, LP)
+
+
+@triton.jit
 def halves(x, LP: tl.constexpr):
     high = rounded(x, LP)
     return high, rounded(x - high.to(tl.float32), LP)
