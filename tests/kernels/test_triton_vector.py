@@ -32,7 +32,7 @@ CASES = {
         "config": {
             "walk_key_block": 128,
             "walk_value_block": 128,
-            "output_value_block": 128,
+            "rows_value_block": 128,
             "gradient_key_block": 128,
             "gradient_value_block": 128,
         },
