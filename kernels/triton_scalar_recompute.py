@@ -145,8 +145,8 @@ def dkv_kernel(
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         passing = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
-    gain_sum = tl.full([], 0.0, tl.float32)
-    offset_sum = tl.full([], 0.0, tl.float32)
+    gain_sums = tl.zeros([CHUNK], tl.float32)
+    offset_sums = tl.zeros([CHUNK], tl.float32)
     for c in tl.range(0, chunks, num_stages=STAGES):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
@@ -177,8 +177,8 @@ def dkv_kernel(
 
         d_log = above_rounding(arriving - suffix_sum(leaving) + passing, log2)
         gain_c, offset_c = put_decay_gradient(dx_base, rows * heads, rows, left, d_log, xc, log2, factor, shift, slope, KIND)
-        gain_sum += gain_c
-        offset_sum += offset_c
+        gain_sums += gain_c
+        offset_sums += offset_c
         total = tl.exp2(whole_total + fraction_total)
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
         if (chunks - 1 - c) % EVERY == 0:
@@ -196,7 +196,7 @@ def dkv_kernel(
         dv_base -= CHUNK * heads * V
         sum_base -= CHUNK * heads
         dx_base -= CHUNK * heads
-    put_parameter_gradients(d_gain, d_offset, gain_sum, offset_sum)
+    put_parameter_gradients(d_gain, d_offset, gain_sums, offset_sums)
     if d_initial is not None:
         if cu is not None:
             put_state(d_initial + span * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)

@@ -70,8 +70,8 @@ def reverse_kernel(
         d_state = get_state(d_final + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    gain_sum = tl.full([], 0.0, tl.float32)
-    offset_sum = tl.full([], 0.0, tl.float32)
+    gain_sums = tl.zeros([CHUNK], tl.float32)
+    offset_sums = tl.zeros([CHUNK], tl.float32)
     for c in tl.range(0, chunks, num_stages=STAGES):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
@@ -117,8 +117,8 @@ def reverse_kernel(
 
         d_log = decay_gradient(inside, leaving, around, rows, log2, SPLIT)
         gain_c, offset_c = put_decay_gradient(dx_base, rows * heads, rows, left, d_log, xc, log2, factor, shift, slope, KIND)
-        gain_sum += gain_c
-        offset_sum += offset_c
+        gain_sums += gain_c
+        offset_sums += offset_c
 
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
         q_base -= CHUNK * q_t * ALIGN
@@ -131,7 +131,7 @@ def reverse_kernel(
         dv_base -= CHUNK * heads * V
         dx_base -= CHUNK * heads
         saved_base -= heads * (K * V)
-    put_parameter_gradients(d_gain, d_offset, gain_sum, offset_sum)
+    put_parameter_gradients(d_gain, d_offset, gain_sums, offset_sums)
     if d_initial is not None:
         if cu is not None:
             put_state(d_initial + span * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)

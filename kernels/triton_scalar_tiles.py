@@ -143,19 +143,19 @@ def get_decays(base, offsets, rows, limit, factor, shift, slope, KIND: tl.conste
 
 @triton.jit
 def put_decay_gradient(base, offsets, rows, limit, d_log, x, log2, factor, shift, slope, KIND: tl.constexpr):
-    """Stores dx and returns the chunk's share in the gradients of gain and offset."""
+    """Stores dx and returns what each token adds to the gradients of gain and offset."""
     dx, d_factor, d_shift = input_gradient(tl.where(rows < limit, d_log, 0.0), x, factor, shift, slope, log2, KIND)
     tl.store(base + offsets, dx.to(base.dtype.element_ty), mask=rows < limit)
-    return tl.sum(d_factor, 0), tl.sum(d_shift, 0)
+    return d_factor, d_shift
 
 
 @triton.jit
-def put_parameter_gradients(d_gain, d_offset, gain_sum, offset_sum):
+def put_parameter_gradients(d_gain, d_offset, gain_sums, offset_sums):
     """This program's share; the launcher sums over the programs of a head, always in the same order."""
     if d_gain is not None:
-        tl.store(d_gain + tl.program_id(0), gain_sum)
+        tl.store(d_gain + tl.program_id(0), tl.sum(gain_sums, 0))
     if d_offset is not None:
-        tl.store(d_offset + tl.program_id(0), offset_sum)
+        tl.store(d_offset + tl.program_id(0), tl.sum(offset_sums, 0))
 
 
 @triton.jit
