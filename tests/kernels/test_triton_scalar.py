@@ -54,6 +54,8 @@ def cases():
     found = {f"{name}, states": {**case, "policy": "states"} for name, case in (table | slices).items()}
     found |= {f"{name}, split": {**case, "policy": "split"} for name, case in table.items()}
     found |= {f"source {name}": {**case, "policy": "states", "heads": 2} for name, case in SOURCES.items()}
+    found["source mamba, many heads"] = {**found["source mamba"], "heads": 18, "tokens": 5}
+    found["source gla, many tokens"] = {**found["source gla"], "heads": 1, "tokens": 140, "chunk": 64}
     found["source bfloat16 x"] = {**SOURCES["mamba"], "x_dtype": "bfloat16", "policy": "split", "heads": 2}
     found["source bfloat16 log λ"] = {"x_dtype": "bfloat16", "policy": "states", "gate": "mild"}
     found["source float16 x"] = {**SOURCES["hgrn"], "x_dtype": "float16", "policy": "states", "heads": 2}
