@@ -291,7 +291,7 @@ def test_environment_variable_chooses_the_scan_and_a_wrong_one_is_refused(monkey
     monkeypatch.setenv("DECAY_KERNEL", "naive")
     assert select_decay_scan(q, v, log_decay).scan is decay_scan_naive
     monkeypatch.setenv("DECAY_KERNEL", "triton")
-    with pytest.raises(ValueError, match="DECAY_KERNEL=triton: .*; unset it"):  # neither a GPU nor the interpreter
+    with pytest.raises(ValueError, match=r"DECAY_KERNEL=triton: .*; unset it"):  # neither a GPU nor the interpreter
         kernel_seam.decay_scan(*tensors)
     monkeypatch.setenv("DECAY_KERNEL", "magic")
     with pytest.raises(ValueError, match="DECAY_KERNEL=magic: unknown decay scan; set it to one of naive, chunked"):
