@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -113,22 +114,36 @@ def _label(config: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
     return ", ".join(filter(None, parts))
 
 
-def tuned(crew: Crew, one: Crew, jobs: list[tuple[str, Job]], deadline: float) -> list[Tried]:
-    """All candidates of one class and dims: checked side by side, then timed one by one, fastest first."""
-    with ThreadPoolExecutor(max_workers=len(jobs)) as threads:
+def checked(jobs: list[tuple[str, Job]], processes: int, seconds: float) -> list[Tried]:
+    """All candidates of all groups, compiled and checked side by side."""
+    crew = Crew(processes, seconds)
+    with ThreadPoolExecutor(max_workers=processes) as threads:
         findings = list(threads.map(lambda item: crew.ask(item[1]), jobs))
-    tried = [Tried(label=label, job=job, finding=found) for (label, job), found in zip(jobs, findings, strict=True)]
-    key_dim, value_dim = jobs[0][1].key_dim, jobs[0][1].value_dim
-    shape = (max(1, BATCH_WIDTH // (key_dim + value_dim)), TOKENS, HEADS)
-    for index, candidate in enumerate(tried):
-        if candidate.finding.problem is None:
-            late = time.monotonic() > deadline
-            with _alone():
-                job = replace(candidate.job, timed=True, shape=shape)
-                found = Finding(problem="not timed: out of time") if late else one.ask(job)
-            kept = {"error": candidate.finding.error, "seconds": candidate.finding.seconds}
-            tried[index] = replace(candidate, job=job, finding=replace(found, **kept))
-    return sorted(tried, key=lambda candidate: (candidate.finding.problem is not None, candidate.finding.milliseconds))
+    crew.close()
+    return [Tried(label=label, job=job, finding=found) for (label, job), found in zip(jobs, findings, strict=True)]
+
+
+def timed(one: Crew, group: list[Tried], deadline: float) -> list[Tried]:
+    """The candidates of one class and dims, those that passed timed one by one; fastest first."""
+    return sorted((_timed(one, candidate, deadline) for candidate in group), key=_rank)
+
+
+def _timed(one: Crew, candidate: Tried, deadline: float) -> Tried:
+    if candidate.finding.problem is not None:
+        return candidate
+    width = candidate.job.key_dim + candidate.job.value_dim
+    job = replace(candidate.job, timed=True, shape=(max(1, BATCH_WIDTH // width), TOKENS, HEADS))
+    if time.monotonic() > deadline:
+        found = Finding(problem="not timed: out of time")
+    else:
+        with _alone():
+            found = one.ask(job)
+    kept = {"error": candidate.finding.error, "seconds": candidate.finding.seconds}
+    return replace(candidate, job=job, finding=replace(found, **kept))
+
+
+def _rank(candidate: Tried) -> tuple[bool, float]:
+    return candidate.finding.problem is not None, candidate.finding.milliseconds
 
 
 @contextmanager
@@ -184,9 +199,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="after these no further candidate is timed")
     arguments = parser.parse_args()
     groups = [(kind, dims) for dims in arguments.shapes for kind in arguments.classes]
-    listed = [(kind, dims, candidates(kind, dims, arguments.only)) for kind, dims in groups]
+    listed = {(kind, dims): candidates(kind, dims, arguments.only) for kind, dims in groups}
     if arguments.dry_run:
-        for kind, dims, jobs in listed:
+        for (kind, dims), jobs in listed.items():
             print(f"{kind} {dims[0]}x{dims[1]}: {len(jobs)} candidates", *(f"  {label}" for label, _ in jobs), sep="\n")
         return
     if not torch.cuda.is_available():
@@ -195,14 +210,13 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
     print(f"ptxas: {kernel_seam.explain_toolchain()}; medians of {REPEATS}; errors as shares of their limits", end="\n\n")
     print("| class | K x V | configuration | fwd+bwd ms | fwd ms | peak MiB | error | |\n|---|---|---|---|---|---|---|---|")
-    crew, one = Crew(arguments.processes, arguments.seconds), Crew(1, arguments.seconds)
-    for _, _, jobs in listed:
-        if jobs and time.monotonic() < deadline:
-            tried = tuned(crew, one, jobs, deadline)
-            print("\n".join(markdown(tried)), flush=True)
-            if tried[0].finding.problem is None:
-                write_rows(arguments.table, [row_of(tried[0])])
-    crew.close()
+    all_jobs = [job for jobs in listed.values() for job in jobs]
+    all_tried, one = iter(checked(all_jobs, arguments.processes, arguments.seconds)), Crew(1, arguments.seconds)
+    for jobs in listed.values():
+        tried = timed(one, list(islice(all_tried, len(jobs))), deadline)
+        print("\n".join(markdown(tried)), flush=True)
+        if tried and tried[0].finding.problem is None:
+            write_rows(arguments.table, [row_of(tried[0])])
     one.close()
 
 

@@ -62,7 +62,7 @@ def decay_scan_triton(
     arguments that do not fit.
     """
     check_decay_scan(q_bthk, k_bthk, v_bthv, decay, initial_state_bhkv, scale, cu_seqlens)
-    if (reason := refusal(q_bthk, v_bthv)) is not None:
+    if (reason := absence(q_bthk.device) or refusal(q_bthk, v_bthv)) is not None:
         raise ValueError(f"{reason}; take decay_scan_chunked")
     arguments = (q_bthk, k_bthk, v_bthv, decay, initial_state_bhkv)
     if 0 in q_bthk.shape[:3]:
@@ -85,12 +85,15 @@ def decay_scan_triton(
     return o.to(v_bthv.dtype), state if output_final_state else None
 
 
+def absence(device: torch.device) -> str | None:
+    """Why no kernel can run on this device; None where they can."""
+    return None if device.type == "cuda" or INTERPRETED else f"the Triton kernels need a GPU, not {device.type}"
+
+
 def refusal(q_bthk: Tensor, v_bthv: Tensor) -> str | None:
     """Why the kernels cannot serve these tensors; None when they can."""
     if q_bthk.dtype not in DTYPES:
         return f"the Triton kernels have no {q_bthk.dtype}"
-    if q_bthk.device.type != "cuda" and not INTERPRETED:
-        return f"the Triton kernels need a GPU, not {q_bthk.device.type}"
     for name, dim in (("K", q_bthk.shape[-1]), ("V", v_bthv.shape[-1])):
         if dim % DIM_STEP or not 0 < dim <= LARGEST_DIM:
             return f"{name}={dim} is no multiple of {DIM_STEP} up to {LARGEST_DIM}"
@@ -215,7 +218,7 @@ def _backward(
     kept = saved if saved.numel() else None
     d_state = None if d_state is None else d_state.float().contiguous()
     given = (q, k, v, source, scale, initial_state)
-    if kept is None and not source.vector:  # the vector launcher makes them itself
+    if kept is None and config.policy != "recompute" and not source.vector:  # the vector launcher makes them itself
         kept = launchers.forward(*given, False, True, config, cu_seqlens)[2]
     found = launchers.backward(*given, kept, _side_by_side(do), d_state, config, cu_seqlens, **_exactness(source, exact))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)

@@ -114,9 +114,11 @@ def _decay_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
         raise ValueError(f"{OVERRIDE}={wanted}: unknown decay scan; set it to one of naive, chunked, triton or unset it")
     refusal = None
     if _wanted(q_bthk):
-        scan, refusal = _triton_scan(q_bthk, v_bthv)
+        scan, refusal, absence = _triton_scan(q_bthk, v_bthv)
         if scan is not None:
             return "triton", scan, None
+        if absence and wanted is not None:
+            raise ValueError(f"{OVERRIDE}={wanted}: {absence}; unset it")
     elif q_bthk.dtype == torch.float32 and on_hopper(q_bthk):
         refusal = f"the Triton kernels take fp32 where {OVERRIDE}=triton asks for them"
     return "chunked", decay_scan_chunked, refusal
@@ -160,14 +162,16 @@ def _choose(recurrence: str, scans: dict[str, Scan], reason: str) -> Choice:
     return Choice(recurrence=recurrence, name=wanted, scan=scans[wanted], reason=f"{OVERRIDE} asks for it")
 
 
-def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | None]:
-    """(the Triton scan, None), or (None, why it cannot serve these tensors)."""
+def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | None, str | None]:
+    """(the Triton scan or None, why it cannot serve these tensors, why there is none at all)."""
     try:
-        from kernels.decay_scan_triton import decay_scan_triton, refusal
+        from kernels.decay_scan_triton import absence, decay_scan_triton, refusal
     except ImportError:
-        return None, "Triton is not installed"
-    reason = refusal(q_bthk, v_bthv)
-    return (decay_scan_triton, None) if reason is None else (None, reason)
+        missing = "Triton is not installed"
+        return None, missing, missing
+    missing = absence(q_bthk.device)
+    reason = missing or refusal(q_bthk, v_bthv)
+    return (decay_scan_triton if reason is None else None), reason, missing
 
 
 def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:

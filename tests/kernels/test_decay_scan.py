@@ -9,7 +9,7 @@ from kernels.decay_scan_naive import decay_scan_naive
 from kernels.decay_source import DecaySource
 from kernels.select_kernel import select_decay_scan
 
-LENGTHS = [0, 1, 2, 15, CHUNK, CHUNK + 1, 64, 65, 127]
+LENGTHS = [0, 1, 2, 15, 16, 17, CHUNK, CHUNK + 1, 63, 64, 65, 127]
 KINDS = ["vector", "scalar"]
 SCANS = [decay_scan_naive, decay_scan_chunked]
 DECAYS = ["mild", "fast", "zero", "one", "mixed", "denormal", "above one"]
@@ -19,13 +19,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the large
 def log_decays(name, shape, generator):
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     mild = torch.nn.functional.logsigmoid(3 * torch.randn(shape, generator=generator, dtype=torch.float64))
-    levels = torch.tensor([0.0, 1.0, 1e-45, 1e-8, 0.2, 0.999], dtype=torch.float64).log()
+    levels = torch.tensor([0.0, 1.0, 1e-45, 2.0**-150, 1e-8, 0.2, 0.8, 0.999], dtype=torch.float64).log()
     return {
         "mild": mild,
         "fast": -60 * uniform,
         "zero": torch.full(shape, -torch.inf, dtype=torch.float64),
         "one": torch.zeros(shape, dtype=torch.float64),
-        "mixed": levels[(6 * uniform).long()],
+        "mixed": levels[(8 * uniform).long()],
         "denormal": torch.full(shape, 1e-45, dtype=torch.float64).log(),
         "above one": torch.full(shape, 0.002, dtype=torch.float64),
     }[name]
@@ -99,6 +99,26 @@ def test_lambda_one_is_plain_linear_attention(kind):
     o, _ = decay_scan_chunked(q, k, v, log_decay)
     scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
     assert_close(o, torch.einsum("bhts,bshv->bthv", scores, v), torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_forgotten_over_8192_tokens(kind):
+    *tensors, _ = inputs(kind, "one", batch=1, length=8192, heads=1)
+    leaves = [[x.to(dtype).requires_grad_() for x in tensors] for dtype in TOLERANCE]
+    wide, narrow = ([o := decay_scan_chunked(*x)[0], *torch.autograd.grad(o.square().mean(), x)] for x in leaves)
+    for a, b in zip(narrow, wide, strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_goes_to_the_one_input_that_needs_it(kind):
+    tensors = inputs(kind, length=40)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    every = torch.autograd.grad(decay_scan_chunked(*leaves)[0].square().sum(), leaves)
+    for index, wanted in enumerate(every):
+        one = [x.clone().requires_grad_(i == index) for i, x in enumerate(tensors)]
+        decay_scan_chunked(*one)[0].square().sum().backward()
+        assert torch.equal(one[index].grad, wanted) and sum(x.grad is not None for x in one) == 1
 
 
 @pytest.mark.parametrize("t", [0, 1, 31, 32, 45, 69])
@@ -270,6 +290,9 @@ def test_environment_variable_chooses_the_scan_and_a_wrong_one_is_refused(monkey
     assert "vector decay, K=4, V=5" in str(select_decay_scan(q, v, log_decay))
     monkeypatch.setenv("DECAY_KERNEL", "naive")
     assert select_decay_scan(q, v, log_decay).scan is decay_scan_naive
+    monkeypatch.setenv("DECAY_KERNEL", "triton")
+    with pytest.raises(ValueError, match=r"DECAY_KERNEL=triton: .*; unset it"):  # neither a GPU nor the interpreter
+        kernel_seam.decay_scan(*tensors)
     monkeypatch.setenv("DECAY_KERNEL", "magic")
     with pytest.raises(ValueError, match="DECAY_KERNEL=magic: unknown decay scan; set it to one of naive, chunked"):
         kernel_seam.decay_scan(*tensors)

@@ -77,7 +77,7 @@ def test_nothing_in_is_nothing_out_with_gradients(vector, batch, length):
 
 
 @both
-@pytest.mark.parametrize("k, v", [(32, 64), (64, 128), (128, 256), (72, 40), (8, 8)])
+@pytest.mark.parametrize("k, v", [(32, 64), (128, 256), (8, 8)])
 def test_keys_and_values_of_different_widths(vector, k, v):
     compare(call(vector, levels(*gates(vector, (2, 100, 3), k)), (2, 100, 3), k=k, v=v, state=True))
 
@@ -156,6 +156,7 @@ def test_offsets_beyond_32_bits(vector):
     entries = batch * shape[0] * shape[1] * 64
     assert entries > 2**31
     needed = entries * 2 * (14 if vector else 11)
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     q, k, v, do = (torch.randn(batch, *shape, 64, device="cuda", dtype=BF16) for _ in range(4))

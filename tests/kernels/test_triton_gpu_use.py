@@ -25,14 +25,16 @@ def scan(*arguments, **options):
     return decay_scan_triton(*arguments, **options)
 
 
+# Each pair has kernels of its own to be compiled: a formula in bf16, and each dtype with the richest formula.
 @both
-@pytest.mark.parametrize("dtype", OUTPUT, ids=str)
-@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize(
+    "formula, dtype", [*((name, BF16) for name in FORMULAS), ("mamba2", torch.float16), ("mamba2", torch.float32)], ids=str
+)
 def test_decays_made_in_the_kernel_have_the_definitions_gradients_down_to_their_parameters(vector, formula, dtype):
     compare(call(vector, formula, dtype=dtype, state=True), dtype)
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("formula", ["log", "mamba2", "hgrn2"])
 def test_the_key_that_is_what_the_decay_leaves(formula):
     compare(call(True, formula, shared=True, state=True))
 
