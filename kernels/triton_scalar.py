@@ -4,8 +4,8 @@ keep the state on the chip.
     S_t = λ_t S_{t-1} + k_t v_tᵀ        o_t = scale · S_tᵀ q_t
 
 What is unusual:
-- λ is made in the kernels from what it is a function of (decay_source.py), and its gradient goes back through the formula
-  there: log λ is never in memory.
+- λ is made in the kernels from what it is a function of (decay_source.py), and log λ is never in memory. Its gradient is, in
+  fp32, and one small kernel takes that back through the formula.
 - Three backward passes. `states`: the forward pass keeps the state at each chunk's start and one walk in reverse gives all
   gradients. `recompute`: nothing is kept, a walk forwards gives dq and one in reverse dk and dv. `split`, for states that are
   too large for one program: a walk in reverse keeps the state's gradient dS as well, and then all chunks are done at once.
@@ -29,8 +29,8 @@ Source: decay_scan_naive.py is the definition; the chunked form is that of Mamba
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from kernels.decay_source import DecaySource
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_scalar_chunks import chunk_kernel
 from kernels.triton_scalar_configs import SEGMENT_STEP, Config, Launch, candidates, default_config, padded
+from kernels.triton_scalar_gate import gate_kernel
 from kernels.triton_scalar_recompute import dkv_kernel, dq_kernel
 from kernels.triton_scalar_reverse import reverse_kernel
 from kernels.triton_scalar_walk import carry_kernel, walk_kernel
@@ -128,57 +129,48 @@ def _by_reverse_walk(
     scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
 ) -> Gradients:
     launch = config.backward
-    slices_k, slices_v = scan.slices(launch)
     ends = scan.states_at_segments(launch, inputs["q"], inputs["d"], d_final, reverse=True)
-    dq, dk, dv = (scan.partial(inputs[name], n) for name, n in (("q", slices_v), ("k", slices_v), ("v", slices_k)))
-    d_initial = None if initial is None else scan.states()
-    gate = scan.gate_gradients(slices_k * slices_v, slices_k * slices_v * scan.spans(launch))
-    outputs = {"dq": dq, "dk": dk, "dv": dv, "d_initial": d_initial, **gate}
+    outputs = scan.outputs(inputs, launch, initial)
     scan.run(reverse_kernel, launch, inputs, saved=saved, d_final=ends, **outputs)
-    return scan.gradients(inputs, dq, dk, dv, gate, d_initial, slices_k * slices_v)
+    return scan.gradients(inputs, **outputs)
 
 
 def _by_two_walks(
     scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
 ) -> Gradients:
     early, late = config.dq or config.backward, config.backward
-    slices_k, slices_v = scan.slices(late)
-    if (early.chunk, *scan.slices(early), early.programs) != (late.chunk, slices_k, slices_v, late.programs):
+    if (early.chunk, scan.slices(early), early.programs) != (late.chunk, scan.slices(late), late.programs):
         raise ValueError("policy `recompute`: the two walks of the backward pass differ in chunk, slices or programs")
     starts = scan.states_at_segments(early, inputs["k"], inputs["v"], initial, reverse=False)
     ends = scan.states_at_segments(late, inputs["q"], inputs["d"], d_final, reverse=True)
-    dq, dk, dv = (scan.partial(inputs[name], n) for name, n in (("q", slices_v), ("k", slices_v), ("v", slices_k)))
-    d_initial = None if initial is None else scan.states()
-    gate = scan.gate_gradients(slices_k * slices_v, slices_k * slices_v * scan.spans(late))
-    between = {"between_walks": torch.empty_like(gate["dx"], dtype=torch.float32), "EVERY": CHECKPOINT}
-    between["checkpoints"] = scan.new(*scan.checkpoints(late), dtype=torch.float32)
-    scan.run(dq_kernel, early, inputs, initial=starts, dq=dq, **between)
-    scan.run(dkv_kernel, late, inputs, d_final=ends, dk=dk, dv=dv, d_initial=d_initial, **gate, **between)
-    return scan.gradients(inputs, dq, dk, dv, gate, d_initial, slices_k * slices_v)
+    outputs = scan.outputs(inputs, late, initial)
+    between = {"checkpoints": scan.new(*scan.checkpoints(late), dtype=torch.float32), "EVERY": CHECKPOINT}
+    scan.run(dq_kernel, early, inputs, initial=starts, dq=outputs["dq"], d_log=outputs["d_log"], **between)
+    later = {name: x for name, x in outputs.items() if name != "dq"}
+    scan.run(dkv_kernel, late, inputs, d_final=ends, **later, **between)
+    return scan.gradients(inputs, **outputs)
 
 
 def _by_chunks(
     scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
 ) -> Gradients:
     walk, launch = config.walk or config.forward, config.backward
-    slices_k = scan.slices(walk)[0]
-    every = config.kept_every // launch.chunk
     if scan.slices(launch)[1] > 1:
         raise ValueError("policy `split`: a program holds all of V")
     ends = scan.states_at_segments(walk, inputs["q"], inputs["d"], d_final, reverse=True)
-    d_initial = None if initial is None else scan.states()
+    outputs = scan.outputs(inputs, replace(launch, block_k=padded(scan.shape[3])), initial)
     in_walk = config.dv == "walk"
-    dv = scan.partial(inputs["v"], slices_k if in_walk else 1)
+    if in_walk:
+        outputs["dv"] = scan.partial(inputs["v"], scan.slices(walk)[0])
     d_states = scan.kept(config)
     roles = {"q": inputs["k"], "k": inputs["q"], "v": inputs["d"]}
-    outputs = {"o": dv if in_walk else None, "final": d_initial, "saved": d_states}
-    scan.walk(walk, roles, initial=ends, **outputs, every=config.kept_every // walk.chunk, reverse=True)
-    dq, dk = scan.partial(inputs["q"], 1), scan.partial(inputs["k"], 1)
-    chunks = every * scan.slots(config.kept_every)
-    gate = scan.gate_gradients(1, chunks)
-    outputs = {"dq": dq, "dk": dk, "dv": None if in_walk else dv, **gate, "starts": saved, "ends": d_states}
-    scan.run(chunk_kernel, launch, inputs, **outputs, EVERY=every, search_steps=scan.sequences.bit_length(), chunks=chunks)
-    return scan.gradients(inputs, dq, dk, dv, gate, d_initial, 1)
+    made = {"o": outputs["dv"] if in_walk else None, "final": outputs["d_initial"], "saved": d_states}
+    scan.walk(walk, roles, initial=ends, **made, every=config.kept_every // walk.chunk, reverse=True)
+    every = config.kept_every // launch.chunk
+    counts = {"EVERY": every, "chunks": every * scan.slots(config.kept_every), "search_steps": scan.sequences.bit_length()}
+    others = {name: outputs[name] for name in ("dq", "dk", "d_log")} | {"dv": None if in_walk else outputs["dv"]}
+    scan.run(chunk_kernel, launch, inputs, starts=saved, ends=d_states, **others, **counts)
+    return scan.gradients(inputs, **outputs)
 
 
 _POLICIES = {"states": _by_reverse_walk, "recompute": _by_two_walks, "split": _by_chunks}
@@ -250,10 +242,6 @@ class _Scan:
         length = SEGMENT_STEP * math.ceil(tokens / (SEGMENT_STEP * wanted))
         return math.ceil(tokens / length), length
 
-    def spans(self, launch: Launch) -> int:
-        """Packed sequences, or segments of all sequences."""
-        return self.sequences * self.segments(launch)[0]
-
     def new(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return self.source.x.new_empty(sizes, dtype=dtype)
 
@@ -276,31 +264,43 @@ class _Scan:
         given = {"gain": self.source.gain, "offset": self.source.offset}
         return {name: _wide(x) if name in used else None for name, x in given.items()}
 
-    def gate_gradients(self, slices: int, programs: int) -> dict[str, Tensor | None]:
-        """Room for dx, by slice, and for the shares that each head's `programs` programs have in its gain and offset."""
-        parts = {f"d_{name}": x for name, x in self.parameters().items()}
-        sizes = (programs * self.shape[2],)
-        parts = {name: None if x is None else x.new_zeros(sizes) for name, x in parts.items()}
-        return {"dx": self.partial(self.source.x, slices), **parts}
+    def outputs(self, inputs: dict[str, Tensor], launch: Launch, initial: Tensor | None) -> dict[str, Tensor | None]:
+        """Room for what a backward pass leaves, a share for each slice of a state."""
+        slices_k, slices_v = self.slices(launch)
+        parts = {"dq": ("q", slices_v), "dk": ("k", slices_v), "dv": ("v", slices_k)}
+        room: dict[str, Tensor | None] = {name: self.partial(inputs[like], n) for name, (like, n) in parts.items()}
+        room["d_log"] = self.new(slices_k * slices_v, *self.shape[:3], dtype=torch.float32)
+        return {**room, "d_initial": None if initial is None else self.states()}
 
     def gradients(
-        self,
-        inputs: dict[str, Tensor],
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        gate: dict[str, Tensor | None],
-        d_initial: Tensor | None,
-        slices: int,
+        self, inputs: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tensor, d_log: Tensor, d_initial: Tensor | None
     ) -> Gradients:
-        """What slices and programs have written, summed."""
-        heads = self.shape[2]
-        named = {}
-        for name in ("gain", "offset"):
-            parts, like = gate[f"d_{name}"], getattr(self.source, name)
-            named[name] = None if parts is None else parts.view(-1, heads, slices).sum(dim=(0, 2)).to(like.dtype)
+        """What slices have written, summed; and from the gradient of log λ those of what made it."""
         whole = {"q": _summed(dq, inputs["q"]), "k": _summed(dk, inputs["k"]), "v": _summed(dv, inputs["v"])}
-        return Gradients(**whole, x=_summed(gate["dx"], self.source.x), **named, initial_state=d_initial)
+        return Gradients(**whole, **self.gate_gradients(d_log), initial_state=d_initial)
+
+    def gate_gradients(self, d_log: Tensor) -> dict[str, Tensor | None]:
+        """Those of x, gain and offset."""
+        x, (batch, tokens, heads, _) = self.source.x, self.shape
+        if self.source.kind == "log" and d_log.shape[0] == 1 and x.dtype == d_log.dtype:
+            return {"x": d_log[0], "gain": None, "offset": None}
+        rows, block_rows, block_heads = batch * tokens, 64, min(16, triton.next_power_of_2(heads))
+        grid = (triton.cdiv(rows, block_rows), triton.cdiv(heads, block_heads))
+        dx, parameters = x.new_empty(x.shape), self.parameters()
+        sums = {f"d_{name}": None if y is None else y.new_empty(grid[0], heads) for name, y in parameters.items()}
+        strides = dict(zip(("x_b", "x_t", "x_h"), x.stride(), strict=True))
+        with self.on_device:
+            gate_kernel[grid](
+                d_log, x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
+                tokens=tokens, heads=heads, **strides, ROWS=block_rows, HEADS=block_heads, KIND=KINDS[self.source.kind],
+            )  # fmt: skip
+        given = {"gain": self.source.gain, "offset": self.source.offset}
+        summed = {name: sums[f"d_{name}"] for name in given}
+        return {"x": dx, **{name: None if y is None else y.sum(dim=0).to(given[name].dtype) for name, y in summed.items()}}
+
+    @property
+    def on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.source.x.device) if self.source.x.is_cuda else nullcontext()
 
     def walk(
         self,
@@ -333,7 +333,7 @@ class _Scan:
         nothing = {"o": None, "initial": None, "saved": None}
         self.walk(launch, {"k": k, "v": v}, final=added, totals=totals, **nothing, reverse=reverse, each=True)
         size, block = key_dim * self.value_dim, 1024
-        with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+        with self.on_device:
             carry_kernel[(batch * heads, triton.cdiv(size, block))](
                 added, totals, outside, heads, segments, SIZE=size, BLOCK=block, REVERSE=reverse
             )
@@ -357,7 +357,7 @@ class _Scan:
         single = self.dtype == torch.float32
         product = tl.float32 if single or (_INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
         limit = {} if launch.registers is None else {"maxnreg": launch.registers}
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with self.on_device:
             kernel[(programs * heads,)](
                 **inputs, x=x, **self.parameters(), cu=self.cu, **others, slope=float(self.source.slope),
                 log2_scale=self.log2_scale, tokens=tokens, batches=batch, heads=heads, segments=segments, length=length,

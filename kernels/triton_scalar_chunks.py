@@ -22,8 +22,6 @@ from kernels.triton_scalar_tiles import (
     get_tile,
     inside_pairs,
     locate_slot,
-    put_decay_gradient,
-    put_parameter_gradients,
     put_tile,
     running,
 )
@@ -34,7 +32,7 @@ from kernels.triton_scalar_walk import RUNTIME, STRIDES
 @triton.jit(do_not_specialize=[*RUNTIME, *STRIDES, "search_steps"])
 def chunk_kernel(
     q, k, v, x, gain, offset, cu, d, starts, ends,
-    dq, dk, dv, dx, d_gain, d_offset, search_steps,
+    dq, dk, dv, d_log, search_steps,
     slope, log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
@@ -67,7 +65,7 @@ def chunk_kernel(
     q_offsets = rows[:, None] * (q_t * ALIGN)
     k_offsets = rows[:, None] * (k_t * ALIGN)
     dc = get_tile(d_base, rows[:, None] * (d_t * ALIGN) + cv[None, :], rows, cv, left_own, V, BLOCK_V, LP)
-    xc, log2 = get_decays(x_base, rows * x_t, rows, left_own, factor, shift, slope, KIND)
+    log2 = get_decays(x_base, rows * x_t, rows, left_own, factor, shift, slope, KIND)
     whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
     from_start = tl.exp2(whole + fraction + log2_scale)
     to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
@@ -88,7 +86,7 @@ def chunk_kernel(
             value_t = d_t * ALIGN
         value = get_tile(value_base, rows[:, None] * value_t + cv[None, :], rows, cv, left_other, V, BLOCK_V, LP)
         x_other = x_base + to_other * x_t
-        _x, log2_other = get_decays(x_other, rows * x_t, rows, left_other, factor, shift, slope, KIND)
+        log2_other = get_decays(x_other, rows * x_t, rows, left_other, factor, shift, slope, KIND)
         other, other_fraction, other_total, other_fraction_total = running(log2_other, SPLIT)
         power = tl.where(later == 1, other_total - other, other + log2_scale)
         power += tl.where(later == 1, other_fraction_total - other_fraction, other_fraction)
@@ -187,7 +185,6 @@ def chunk_kernel(
     around_c = tl.sum(around, 0)
     if EVERY == 2:
         around_c = around_c * fade + tl.sum(around_other, 0)
-    d_log = decay_gradient(inside, leaving, around_c * tl.exp2(whole_total + fraction_total), rows, log2, SPLIT)
-    gain_c, offset_c = put_decay_gradient(dx + row, rows * heads, rows, left_own, d_log, xc, log2, factor, shift, slope, KIND)
-    put_parameter_gradients(d_gain, d_offset, gain_c, offset_c)
+    d_decay = decay_gradient(inside, leaving, around_c * tl.exp2(whole_total + fraction_total), rows, log2, SPLIT)
+    tl.store(d_log + row + rows * heads, d_decay, mask=rows < left_own)
 # fmt: on

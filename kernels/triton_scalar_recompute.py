@@ -19,8 +19,6 @@ from kernels.triton_scalar_tiles import (
     get_state,
     get_tile,
     locate,
-    put_decay_gradient,
-    put_parameter_gradients,
     put_state,
     put_tile,
     running,
@@ -32,14 +30,14 @@ from kernels.triton_scalar_walk import RUNTIME, STRIDES
 # fmt: off
 @triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
 def dq_kernel(
-    q, k, v, x, gain, offset, cu, d, initial, dq, between_walks, checkpoints,
+    q, k, v, x, gain, offset, cu, d, initial, dq, d_log, checkpoints,
     slope, log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
     ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     EVERY: tl.constexpr,
 ):
-    """dq, what arrives in dlog λ from earlier tokens (in `between_walks`), and a state every EVERY chunks and at the end."""
+    """dq, what arrives in dlog λ from earlier tokens (in d_log), and a state every EVERY chunks and at the end."""
     SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     slice_k, slice_v, batch, segment, head, start, count = locate(cu, heads, segments, length, tokens, SLICES_K, SLICES_V)
@@ -52,7 +50,7 @@ def dq_kernel(
     d_base = d + (batch * d_b + start * d_t + head * d_h) * ALIGN
     x_base = x + batch * x_b + start * x_t + head * x_h
     dq_base = dq + (((slice_v * batches + batch) * tokens + start) * heads + head) * K
-    sum_base = between_walks + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + start) * heads + head
+    d_log_base = d_log + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + start) * heads + head
     q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
     k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
     v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
@@ -73,7 +71,7 @@ def dq_kernel(
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        _x, log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
+        log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
         whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
         rounded = state.to(LP)
         if c % EVERY == 0:
@@ -84,7 +82,7 @@ def dq_kernel(
         dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
         arriving = tl.sum(dq_c * qc, 1)
         put_tile(dq_base, dq_offsets, rows, ck, left, dq_c, K, BLOCK_K)
-        tl.store(sum_base + rows * heads, suffix_sum(arriving), mask=rows < left)
+        tl.store(d_log_base + rows * heads, suffix_sum(arriving), mask=rows < left)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         v_decayed = (vc * to_end[:, None]).to(LP)
         state = tl.dot(tl.trans(kc), v_decayed, state * tl.exp2(whole_total + fraction_total), input_precision=PRECISION)
@@ -94,14 +92,14 @@ def dq_kernel(
         d_base += CHUNK * d_t * ALIGN
         x_base += CHUNK * x_t
         dq_base += CHUNK * heads * K
-        sum_base += CHUNK * heads
+        d_log_base += CHUNK * heads
     put_state(checkpoint_base, ck, cv, state, K, V, BLOCK_K, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
 def dkv_kernel(
-    q, k, v, x, gain, offset, cu, d, checkpoints, d_final, between_walks,
-    dk, dv, dx, d_gain, d_offset, d_initial,
+    q, k, v, x, gain, offset, cu, d, checkpoints, d_final,
+    dk, dv, d_log, d_initial,
     slope, log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
@@ -125,9 +123,7 @@ def dkv_kernel(
     x_base = x + batch * x_b + last * x_t + head * x_h
     dk_base = dk + (((slice_v * batches + batch) * tokens + last) * heads + head) * K
     dv_base = dv + (((slice_k * batches + batch) * tokens + last) * heads + head) * V
-    slices = (slice_k * SLICES_V + slice_v) * batches
-    sum_base = between_walks + ((slices + batch) * tokens + last) * heads + head
-    dx_base = dx + ((slices + batch) * tokens + last) * heads + head
+    d_log_base = d_log + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + last) * heads + head
     q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
     k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
     v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
@@ -145,16 +141,14 @@ def dkv_kernel(
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         passing = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
-    gain_sum = tl.full([], 0.0, tl.float32)
-    offset_sum = tl.full([], 0.0, tl.float32)
     for c in tl.range(0, chunks, num_stages=STAGES):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        arriving = tl.load(sum_base + rows * heads, mask=rows < left, other=0.0)
-        xc, log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
+        arriving = tl.load(d_log_base + rows * heads, mask=rows < left, other=0.0)
+        log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
         whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
         from_start = tl.exp2(whole + fraction + log2_scale)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
@@ -175,10 +169,8 @@ def dkv_kernel(
         leaving = tl.sum(dk_c * kc, 1)
         put_tile(dk_base, dk_offsets, rows, ck, left, dk_c, K, BLOCK_K)
 
-        d_log = above_rounding(arriving - suffix_sum(leaving) + passing, log2)
-        gain_c, offset_c = put_decay_gradient(dx_base, rows * heads, rows, left, d_log, xc, log2, factor, shift, slope, KIND)
-        gain_sum += gain_c
-        offset_sum += offset_c
+        d_decay = above_rounding(arriving - suffix_sum(leaving) + passing, log2)
+        tl.store(d_log_base + rows * heads, d_decay, mask=rows < left)
         total = tl.exp2(whole_total + fraction_total)
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
         if (chunks - 1 - c) % EVERY == 0:
@@ -194,9 +186,7 @@ def dkv_kernel(
         x_base -= CHUNK * x_t
         dk_base -= CHUNK * heads * K
         dv_base -= CHUNK * heads * V
-        sum_base -= CHUNK * heads
-        dx_base -= CHUNK * heads
-    put_parameter_gradients(d_gain, d_offset, gain_sum, offset_sum)
+        d_log_base -= CHUNK * heads
     if d_initial is not None:
         if cu is not None:
             put_state(d_initial + span * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)

@@ -20,8 +20,6 @@ from kernels.triton_scalar_tiles import (
     get_tile,
     inside_pairs,
     locate,
-    put_decay_gradient,
-    put_parameter_gradients,
     put_state,
     put_tile,
     running,
@@ -33,7 +31,7 @@ from kernels.triton_scalar_walk import RUNTIME, STRIDES
 @triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
 def reverse_kernel(
     q, k, v, x, gain, offset, cu, d, saved, d_final,
-    dq, dk, dv, dx, d_gain, d_offset, d_initial,
+    dq, dk, dv, d_log, d_initial,
     slope, log2_scale, tokens, batches, heads, segments, length,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
@@ -55,7 +53,7 @@ def reverse_kernel(
     dq_base = dq + (((slice_v * batches + batch) * tokens + last) * heads + head) * K
     dk_base = dk + (((slice_v * batches + batch) * tokens + last) * heads + head) * K
     dv_base = dv + (((slice_k * batches + batch) * tokens + last) * heads + head) * V
-    dx_base = dx + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + last) * heads + head
+    d_log_base = d_log + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + last) * heads + head
     q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
     k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
     v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
@@ -70,8 +68,6 @@ def reverse_kernel(
         d_state = get_state(d_final + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    gain_sum = tl.full([], 0.0, tl.float32)
-    offset_sum = tl.full([], 0.0, tl.float32)
     for c in tl.range(0, chunks, num_stages=STAGES):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
@@ -79,7 +75,7 @@ def reverse_kernel(
         vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
         state = get_state(saved_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
-        xc, log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
+        log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
         whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
         from_start = tl.exp2(whole + fraction + log2_scale)
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
@@ -115,10 +111,8 @@ def reverse_kernel(
             inside = tl.sum(dq_c * qc, 1) - k_dk
         put_tile(dq_base, dk_offsets, rows, ck, left, dq_c, K, BLOCK_K)
 
-        d_log = decay_gradient(inside, leaving, around, rows, log2, SPLIT)
-        gain_c, offset_c = put_decay_gradient(dx_base, rows * heads, rows, left, d_log, xc, log2, factor, shift, slope, KIND)
-        gain_sum += gain_c
-        offset_sum += offset_c
+        d_decay = decay_gradient(inside, leaving, around, rows, log2, SPLIT)
+        tl.store(d_log_base + rows * heads, d_decay, mask=rows < left)
 
         d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
         q_base -= CHUNK * q_t * ALIGN
@@ -129,9 +123,8 @@ def reverse_kernel(
         dq_base -= CHUNK * heads * K
         dk_base -= CHUNK * heads * K
         dv_base -= CHUNK * heads * V
-        dx_base -= CHUNK * heads
+        d_log_base -= CHUNK * heads
         saved_base -= heads * (K * V)
-    put_parameter_gradients(d_gain, d_offset, gain_sum, offset_sum)
     if d_initial is not None:
         if cu is not None:
             put_state(d_initial + span * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)

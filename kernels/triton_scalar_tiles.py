@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_gate import input_gradient, log2_decay
+from kernels.triton_gate import log2_decay
 
 
 @triton.jit
@@ -136,26 +136,7 @@ def decays(x, rows, limit, factor, shift, slope, KIND: tl.constexpr):
 
 @triton.jit
 def get_decays(base, offsets, rows, limit, factor, shift, slope, KIND: tl.constexpr):
-    """x as it is, and log2 λ."""
-    x = get_x(base, offsets, rows, limit)
-    return x, decays(x, rows, limit, factor, shift, slope, KIND)
-
-
-@triton.jit
-def put_decay_gradient(base, offsets, rows, limit, d_log, x, log2, factor, shift, slope, KIND: tl.constexpr):
-    """Stores dx and returns the chunk's share in the gradients of gain and offset."""
-    dx, d_factor, d_shift = input_gradient(tl.where(rows < limit, d_log, 0.0), x, factor, shift, slope, log2, KIND)
-    tl.store(base + offsets, dx.to(base.dtype.element_ty), mask=rows < limit)
-    return tl.sum(d_factor, 0), tl.sum(d_shift, 0)
-
-
-@triton.jit
-def put_parameter_gradients(d_gain, d_offset, gain_sum, offset_sum):
-    """This program's share; the launcher sums over the programs of a head, always in the same order."""
-    if d_gain is not None:
-        tl.store(d_gain + tl.program_id(0), gain_sum)
-    if d_offset is not None:
-        tl.store(d_offset + tl.program_id(0), offset_sum)
+    return decays(get_x(base, offsets, rows, limit), rows, limit, factor, shift, slope, KIND)
 
 
 @triton.jit

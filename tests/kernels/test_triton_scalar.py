@@ -50,10 +50,12 @@ def cases():
     slices["K 72 V 40 in slices of 32"] = {"k": 72, "v": 40, "tokens": 20, "block": 32}
     slices["no states passed"] = {"states": False}
     slices["segments, mixed decays, slices, no states"] = {**segments, "gate": "mixed", "states": False, "block": 16}
-    slices["hgrn, slices"] = {**SOURCES["hgrn"], "tokens": 20, "k": 72, "v": 40, "block": 32}
+    slices["hgrn, slices"] = {**SOURCES["hgrn"], "tokens": 20, "k": 72, "v": 24}
     found = {f"{name}, states": {**case, "policy": "states"} for name, case in (table | slices).items()}
     found |= {f"{name}, split": {**case, "policy": "split"} for name, case in table.items()}
     found |= {f"source {name}": {**case, "policy": "states", "heads": 2} for name, case in SOURCES.items()}
+    found["source mamba, many heads"] = {**found["source mamba"], "heads": 18, "tokens": 5}
+    found["source gla, many tokens"] = {**found["source gla"], "heads": 1, "tokens": 140, "chunk": 64}
     found["source bfloat16 x"] = {**SOURCES["mamba"], "x_dtype": "bfloat16", "policy": "split", "heads": 2}
     found["source bfloat16 log λ"] = {"x_dtype": "bfloat16", "policy": "states", "gate": "mild"}
     found["source float16 x"] = {**SOURCES["hgrn"], "x_dtype": "float16", "policy": "states", "heads": 2}
@@ -66,8 +68,9 @@ def cases():
         found[f"split, two chunks, dv in the {dv}, float16"] = {**pairs, "dtype": "float16", "gate": "one"}
     found["split, K in slices for the walk that makes dv"] = {**SPLIT, "dv": "walk", "v": 32}
     found["split, K and V in slices for walks"] = {**SPLIT, "walk_block": 64, "v": 128}
-    for gate in ("tiny", "fast"):  # 16-bit: dlog λ is 0 for λ = 1e-8; fp16 has no 1e-10, as dinitial_state is
-        del table[f"gate {gate}"]
+    # 16-bit: dlog λ is 0 for λ = 1e-8; fp16 has no 1e-10, as dinitial_state is
+    for name in ("gate tiny", "gate fast", "2 tokens", "15 tokens", "16 tokens", "strided inputs"):
+        del table[name]
     table["more chunks than between checkpoints"] = {"tokens": 150}
     table["packed, with checkpoints"] = {"lengths": [130, 0, 128, 3]}
     table["K 128 V 64"] = slices["K 128 V 64"]
