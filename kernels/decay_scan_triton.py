@@ -118,7 +118,7 @@ def chosen_config(
 ) -> tuple[Any, str]:
     """(the configuration, where it comes from), for a policy that is asked for or "".
 
-    The table is measured with bf16 tensors and is for them alone.
+    The table is measured with bf16 tensors and is for them alone: products of wider ones take other registers.
     """
     launchers, measured = _LAUNCHERS[granularity], None
     if dtype == torch.bfloat16:

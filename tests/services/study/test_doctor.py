@@ -49,7 +49,7 @@ def test_a_gpu_gets_the_kernels_for_16_bit_tensors_with_their_configuration_and_
     assert any(line.startswith("  vector bf16: triton (our Triton kernels serve vector decay, K=128, V=64") for line in lines)
     assert any(line.startswith("  scalar fp32: chunked") and "DECAY_KERNEL=triton asks for them" in line for line in lines)
     configured = [line for line in lines if line.startswith("    configuration from ")]
-    assert len(configured) == 2 and all("policy " in line and "chunk 64" in line for line in configured)
+    assert len(configured) == 2 and all("policy " in line and "chunk " in line for line in configured)
 
 
 def test_what_is_set_is_shown_and_counts(hopper, monkeypatch):
