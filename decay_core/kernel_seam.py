@@ -11,10 +11,13 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.decay_source import DecaySource as DecaySource
 
 _FOLDER = str(Path(__file__).resolve().parent.parent / "kernels")
 
@@ -23,6 +26,8 @@ def _load_selector() -> Any:
     try:
         package = importlib.import_module("kernels")
     except ModuleNotFoundError:  # decay_core was installed in place: the checkout itself is not on the path
+        package = None
+    if not hasattr(package, "__path__"):  # or a script beside a file kernels.py is running
         package = sys.modules["kernels"] = ModuleType("kernels")
         package.__path__ = []
     if _FOLDER not in package.__path__:
@@ -31,32 +36,64 @@ def _load_selector() -> Any:
 
 
 _SELECTOR = _load_selector()
+if not TYPE_CHECKING:
+    DecaySource = _SELECTOR.DecaySource
 
 
 def decay_scan(
     q_bthk: Tensor,
-    k_bthk: Tensor,
+    k_bthk: Tensor | None,
     v_bthv: Tensor,
-    log_decay: Tensor,
+    decay: Tensor | DecaySource,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence S_t = diag(λ_t) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t by the fastest implementation there is for
+    """The recurrence S_t = diag(λ_t) S_{t-1} + k_t v_tᵀ, o_t = scale · S_tᵀ q_t by the fastest implementation there is for
     these tensors.
 
-    log_decay: natural log, (B, T, H) or (B, T, H, K). Returns (o (B, T, H, V), state (B, H, K, V) or None) in fp32 or
-    wider, also under autocast; a kernel for 16-bit tensors gives o in v's dtype, summed in fp32 and rounded once. Source:
-    kernels/decay_scan_naive.py is the definition.
+    decay: natural log of λ, (B, T, H) or (B, T, H, K), or the DecaySource that makes it; without k the key is 1 - λ.
+    cu_seqlens: (N + 1,), where N sequences packed into one row begin and end. exact: outputs up to t are the same bits
+    whatever follows, at some cost on a GPU. Returns (o (B, T, H, V), state (B or N, H, K, V) or None) in fp32 or wider, also
+    under autocast; a kernel for 16-bit tensors gives o in v's dtype, summed in fp32 and rounded once. ValueError for arguments
+    that do not fit. Source: kernels/decay_scan_naive.py is the definition.
     """
     with torch.autocast(q_bthk.device.type, enabled=False):
-        scan = _SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay).scan
-        o_bthv, state = scan(q_bthk, k_bthk, v_bthv, log_decay, initial_state, output_final_state)
+        scan = _SELECTOR.decay_scan_for(q_bthk, v_bthv, decay)
+        options = (initial_state, output_final_state, scale, cu_seqlens, exact)
+        o_bthv, state = scan(q_bthk, k_bthk, v_bthv, decay, *options)
     return o_bthv, state
 
 
-def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> str:
+def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> str:
     """One line: which implementation `decay_scan` would take for these tensors, and why."""
-    return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, log_decay))
+    return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, decay))
+
+
+def explain_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:
+    """(the configuration of the kernels that `decay_scan` would launch, where it comes from); None where it launches none."""
+    found: tuple[str, str] | None = _SELECTOR.scan_configuration(q_bthk, v_bthv, decay)
+    return found
+
+
+def explain_toolchain() -> str:
+    """One line: which assembler the kernels are compiled with here, and why."""
+    return str(_SELECTOR.toolchain())
+
+
+def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
+    """Whether the implementation for these tensors takes a DecaySource without forming log λ. Elsewhere log λ is formed
+    anyway, and a caller may as well form it by its own formula."""
+    fused: bool = _SELECTOR.fuses(q_bthk, v_bthv)
+    return fused
+
+
+def running_decay(f: Tensor) -> Tensor:
+    """LightNet's log λ (B, T, ...) in fp32 by a kernel, where `fuses` holds. Source: decays/lightnet.py defines it."""
+    log_decay: Tensor = _SELECTOR.running_decay(f)
+    return log_decay
 
 
 def gated_norm(o_btd: Tensor, gate_btd: Tensor, gain_d: Tensor, eps: float) -> Tensor:

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.decay_scan_naive import by_sequence, no_outputs, widened
+from kernels.decay_source import DecaySource
+from kernels.scan_arguments import check_decay_scan
+
 # Forward and backward on one CPU core, (B, T, H, D) = (8, 256, 4, 64), chunks of 16/32/64: vector 74/63/60 ms, scalar
 # 41/32/35 ms.
 CHUNK = 32
@@ -23,35 +27,40 @@ CHUNK = 32
 
 def decay_scan_chunked(
     q_bthk: Tensor,
-    k_bthk: Tensor,
+    k_bthk: Tensor | None,
     v_bthv: Tensor,
-    log_decay: Tensor,
+    decay: Tensor | DecaySource,
     initial_state_bhkv: Tensor | None = None,
     output_final_state: bool = False,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (o (B, T, H, V), final state (B, H, K, V) or None), both fp32, or float64 when q or the decay is float64.
 
-    log_decay: natural log of λ, (B, T, H) for one λ per head or (B, T, H, K) for one per key channel; -inf is λ = 0.
-    Any B >= 0 and T >= 0, K != V allowed. Differentiable in every tensor.
+    The arguments are those of decay_scan_naive; `exact` asks for what holds here anyway. Packed sequences are done one after
+    another, and cu_seqlens is read on the host. Differentiable in every tensor.
     """
-    dtype = torch.promote_types(torch.promote_types(q_bthk.dtype, log_decay.dtype), torch.float32)
-    q, k, v, log_decay = (x.to(dtype) for x in (q_bthk, k_bthk, v_bthv, log_decay))
-    batch, length, heads, key_dim = q.shape
-    state = q.new_zeros(batch, heads, key_dim, v.shape[-1])
-    if initial_state_bhkv is not None:
-        state = initial_state_bhkv.to(dtype)
+    check_decay_scan(q_bthk, k_bthk, v_bthv, decay, initial_state_bhkv, scale, cu_seqlens)
+    tensors = widened(q_bthk, k_bthk, v_bthv, decay, initial_state_bhkv, scale, cu_seqlens)
+    o_bthv, state = _scan(*tensors) if cu_seqlens is None else by_sequence(_scan, *tensors, cu_seqlens)
+    return o_bthv, state if output_final_state else None
+
+
+def _scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    length = q.shape[1]
     if length == 0:
-        return torch.zeros_like(v), state if output_final_state else None
+        return no_outputs(q, k, v, log_decay if log_decay.dim() == 4 else log_decay[..., None]), state
     inside = _vector_chunks if log_decay.dim() == 4 else _scalar_chunks
     # Padding tokens have k = 0 and λ = 1: they change neither outputs nor state.
     o, q_decayed, update, total = inside(*(to_chunks(x, CHUNK) for x in (q, k, v, log_decay)))
     states = []
-    for chunk in range(total.shape[2]):
+    # Taken apart once: the gradient of an index into the whole is as large as the whole, chunk by chunk.
+    for faded, added in zip(total.unbind(dim=2), update.unbind(dim=2), strict=True):
         states.append(state)
-        state = total[:, :, chunk, :, None] * state + update[:, :, chunk]
+        state = faded[..., None] * state + added
     o = o + q_decayed @ torch.stack(states, dim=2)
-    o_bthv = o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
-    return o_bthv, state if output_final_state else None
+    return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length], state
 
 
 def to_chunks(x: Tensor, size: int) -> Tensor:

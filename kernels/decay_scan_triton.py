@@ -1,59 +1,93 @@
 """The decay scan on a GPU, as torch operators: what autograd, torch.compile and CUDA graphs see of the Triton kernels.
 
-What is unusual: the operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them. What
-the backward pass wants back (states at the chunks' starts) is an output of the forward operator, empty where no gradient is
-wanted.
+What is unusual:
+- The operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them.
+- What the backward pass wants back (states at the chunks' starts) is an output of the forward operator: empty where no gradient
+  is wanted, and with DECAY_KERNEL_POLICY=recompute, which saves memory: the backward operator makes the states again.
+- Configurations come from a table of measured ones (tuned.py), else from the launchers.
+- One token without gradients is a kernel of its own (decay_step_triton.py).
 Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.py and triton_vector.py.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.decay_scan_chunked import decay_scan_chunked
+from kernels.decay_source import DecaySource
+from kernels.decay_step_triton import decay_step_triton
+from kernels.scan_arguments import check_decay_scan
+from kernels.triton_gate import Gradients
+from kernels.triton_scalar import Config as ScalarConfig
 from kernels.triton_scalar import backward as scalar_backward
 from kernels.triton_scalar import default_config as scalar_config
 from kernels.triton_scalar import forward as scalar_forward
 from kernels.triton_scalar import saved_like as scalar_saved_like
 from kernels.triton_toolchain import choose_ptxas
+from kernels.triton_vector import VectorConfig
 from kernels.triton_vector import backward as vector_backward
 from kernels.triton_vector import default_config as vector_config
 from kernels.triton_vector import forward as vector_forward
 from kernels.triton_vector import saved_like as vector_saved_like
+from kernels.tuned import tuned_config
 
 choose_ptxas()  # before the first kernel is compiled
 LARGEST_DIM, DIM_STEP = 256, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WITH_GAIN, WITH_OFFSET = ("softplus",), ("softplus", "floor")  # formulas that read these
+POLICY = "DECAY_KERNEL_POLICY"
+POLICIES = ("save", "recompute")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def decay_scan_triton(
     q_bthk: Tensor,
-    k_bthk: Tensor,
+    k_bthk: Tensor | None,
     v_bthv: Tensor,
-    log_decay: Tensor,
+    decay: Tensor | DecaySource,
     initial_state_bhkv: Tensor | None = None,
     output_final_state: bool = False,
     scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V) in fp32 or None).
 
-    q: fp32, fp16 or bf16, in which k and v are taken too; K and V multiples of 8 up to 256. log_decay: natural log of λ,
-    (B, T, H) or (B, T, H, K), read as fp32; -inf is λ = 0. Any B >= 0 and T >= 0. Differentiable in every tensor, states
-    included.
+    The arguments are those of decay_scan_naive. q: fp32, fp16 or bf16, in which k and v are taken too; K and V multiples of 8
+    up to 256. exact: outputs up to t are the same bits whatever follows, which costs time where there is one λ per key channel.
+    Any B >= 0 and T >= 0. Differentiable in every tensor, states and the source's gain and offset included. ValueError for
+    arguments that do not fit.
     """
-    batch, length, heads, key_dim = q_bthk.shape
-    if 0 in (batch, length, heads):
-        state = initial_state_bhkv
-        if state is None:
-            state = q_bthk.new_zeros(batch, heads, key_dim, v_bthv.shape[-1])
-        return torch.zeros_like(v_bthv), state.float() if output_final_state else None
-    tensors = (q_bthk, k_bthk, v_bthv, log_decay, initial_state_bhkv)
+    check_decay_scan(q_bthk, k_bthk, v_bthv, decay, initial_state_bhkv, scale, cu_seqlens)
+    if (reason := absence(q_bthk.device) or refusal(q_bthk, v_bthv)) is not None:
+        raise ValueError(f"{reason}; take decay_scan_chunked")
+    arguments = (q_bthk, k_bthk, v_bthv, decay, initial_state_bhkv)
+    if 0 in q_bthk.shape[:3]:
+        o, state = decay_scan_chunked(*arguments, output_final_state, scale, cu_seqlens)
+        return o.to(v_bthv.dtype), state
+    source = decay if isinstance(decay, DecaySource) else DecaySource(x=decay)
+    tensors = (q_bthk, k_bthk, v_bthv, source.x, source.gain, source.offset, initial_state_bhkv)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    q, k, v = (x.to(q_bthk.dtype) for x in (q_bthk, k_bthk, v_bthv))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o, state, *_ = _forward(q, k, v, _wide(log_decay), initial_state_bhkv, scale, output_final_state, keep)
-    return o, state if output_final_state else None
+    if q_bthk.shape[1] == 1 and cu_seqlens is None and output_final_state and not keep:
+        return decay_step_triton(*arguments, scale)
+    q, k, v = (None if x is None else _side_by_side(x.to(q_bthk.dtype)) for x in (q_bthk, k_bthk, v_bthv))
+    x = source.x.float() if source.x.dtype == torch.float64 else source.x
+    parameters = (source.gain if source.kind in WITH_GAIN else None, source.offset if source.kind in WITH_OFFSET else None)
+    gain, offset, initial = (None if y is None else y.float().contiguous() for y in (*parameters, initial_state_bhkv))
+    cu = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    formula, asked = (source.kind, float(source.slope), float(scale), exact), policy()
+    x = _side_by_side(x) if source.vector else x
+    wants = (output_final_state, keep and asked != "recompute")
+    o, state, _ = _forward(q, k, v, x, gain, offset, initial, cu, *formula, asked, *wants)
+    return o.to(v_bthv.dtype), state if output_final_state else None
+
+
+def absence(device: torch.device) -> str | None:
+    """Why no kernel can run on this device; None where they can."""
+    return None if device.type == "cuda" or INTERPRETED else f"the Triton kernels need a GPU, not {device.type}"
 
 
 def refusal(q_bthk: Tensor, v_bthv: Tensor) -> str | None:
@@ -61,107 +95,166 @@ def refusal(q_bthk: Tensor, v_bthv: Tensor) -> str | None:
     if q_bthk.dtype not in DTYPES:
         return f"the Triton kernels have no {q_bthk.dtype}"
     for name, dim in (("K", q_bthk.shape[-1]), ("V", v_bthv.shape[-1])):
-        if dim % DIM_STEP or dim > LARGEST_DIM:
+        if dim % DIM_STEP or not 0 < dim <= LARGEST_DIM:
             return f"{name}={dim} is no multiple of {DIM_STEP} up to {LARGEST_DIM}"
     return None
 
 
-def _wide(log_decay: Tensor) -> Tensor:
-    """fp32; a vector decay's channels lie side by side. A scalar decay may be an expanded view."""
-    log_decay = log_decay.float()
-    return log_decay.contiguous() if log_decay.dim() == 4 and log_decay.stride(-1) != 1 else log_decay
+def policy() -> str:
+    """What DECAY_KERNEL_POLICY says; empty where it says nothing. ValueError for another word."""
+    asked = os.environ.get(POLICY, "")
+    if asked and asked not in POLICIES:
+        raise ValueError(f"{POLICY}={asked}: unknown policy; set it to one of {', '.join(POLICIES)} or unset it")
+    return asked
 
 
-class _Kernels(NamedTuple):
-    """The launchers of one granularity."""
+def config_class(granularity: str) -> type:
+    """What the configurations of a kind of decay are instances of."""
+    return _LAUNCHERS[granularity].config
 
-    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+
+def chosen_config(
+    architecture: str, granularity: str, key_dim: int, value_dim: int, dtype: torch.dtype, asked: str
+) -> tuple[Any, str]:
+    """(the configuration, where it comes from), for a policy that is asked for or "".
+
+    The table is measured with bf16 tensors and is for them alone: products of wider ones take other registers.
+    """
+    launchers, measured = _LAUNCHERS[granularity], None
+    if dtype == torch.bfloat16:
+        measured = tuned_config(architecture, granularity, key_dim, value_dim, launchers.config)
+    default = launchers.default_config(key_dim, value_dim, dtype)  # which saves
+    config, origin = (default, "default") if measured is None else (measured, "tuned.json")
+    if asked == "save" and config.policy == "recompute":
+        return default, f"default, since {POLICY}={asked}"
+    return config, f"{origin}, {POLICY}={asked}" if asked else origin
+
+
+def architecture_of(device: torch.device) -> str:
+    """Such as sm_90; "cpu" where there is no GPU, as in Triton's interpreter."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Launchers(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Gradients]
+    saved_like: Callable[..., Any]
     default_config: Callable[..., Any]
-    saved_like: Callable[..., tuple[tuple[int, ...], torch.dtype]]
+    config: type
 
 
-_SCALAR = _Kernels(scalar_forward, scalar_backward, scalar_config, scalar_saved_like)
-_VECTOR = _Kernels(vector_forward, vector_backward, vector_config, vector_saved_like)
+_LAUNCHERS = {
+    "scalar": _Launchers(scalar_forward, scalar_backward, scalar_saved_like, scalar_config, ScalarConfig),
+    "vector": _Launchers(vector_forward, vector_backward, vector_saved_like, vector_config, VectorConfig),
+}
 
 
-def _kernels(log_decay: Tensor) -> _Kernels:
-    return _VECTOR if log_decay.dim() == 4 else _SCALAR
+def _prepared(q: Tensor, v: Tensor, x: Tensor, policy: str) -> tuple[_Launchers, Any]:
+    """The launchers for this decay and their configuration, under the policy that the call was made with."""
+    granularity = "vector" if x.dim() == 4 else "scalar"
+    widths = int(q.shape[-1]), int(v.shape[-1])  # kernels are compiled for one width: never symbols
+    config, _ = chosen_config(architecture_of(q.device), granularity, *widths, q.dtype, policy)
+    return _LAUNCHERS[granularity], config
 
 
-def _config(q: Tensor, v: Tensor, log_decay: Tensor) -> Any:
-    return _kernels(log_decay).default_config(q.shape[-1], v.shape[-1], q.dtype)
+def _exactness(source: DecaySource, exact: bool) -> dict[str, bool]:
+    """The kernels of a scalar decay are exact anyway."""
+    return {"exact": exact} if source.vector else {}
 
 
 @torch.library.custom_op("decay::decay_scan", mutates_args=())
 def _forward(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     v: Tensor,
-    log_decay: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    slope: float,
     scale: float,
+    exact: bool,
+    policy: str,
     want_state: bool,
     want_saved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    config = _config(q, v, log_decay)
-    initial = None if initial_state is None else initial_state.float().contiguous()
-    launch = _kernels(log_decay).forward
-    o, *others = launch(q, k, v, log_decay, scale, initial, want_state, want_saved, config)
-    state, saved = (q.new_empty(0) if x is None else x for x in others)
+    launchers, config = _prepared(q, v, x, policy)
+    source = DecaySource(x=x, kind=kind, slope=slope, gain=gain, offset=offset)  # type: ignore[arg-type]
+    given = (q, k, v, source, scale, initial_state, want_state, want_saved, config)
+    o, *others = launchers.forward(*given, cu_seqlens, **_exactness(source, exact))
+    state, saved = (q.new_empty(0) if y is None else y for y in others)
     return o, state, saved
 
 
 @torch.library.custom_op("decay::decay_scan_backward", mutates_args=())
 def _backward(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     v: Tensor,
-    log_decay: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     do: Tensor,
     d_state: Tensor | None,
+    kind: str,
+    slope: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    config = _config(q, v, log_decay)
-    initial = None if initial_state is None else initial_state.float().contiguous()
+    exact: bool,
+    policy: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    launchers, config = _prepared(q, v, x, policy)
+    source = DecaySource(x=x, kind=kind, slope=slope, gain=gain, offset=offset)  # type: ignore[arg-type]
     kept = saved if saved.numel() else None
-    do = do if do.stride(-1) == 1 else do.contiguous()
     d_state = None if d_state is None else d_state.float().contiguous()
-    *grads, d_initial = _kernels(log_decay).backward(q, k, v, log_decay, scale, initial, kept, do, d_state, config)
-    return *grads, q.new_empty(0) if d_initial is None else d_initial
+    given = (q, k, v, source, scale, initial_state)
+    if kept is None and config.policy != "recompute" and not source.vector:  # the vector launcher makes them itself
+        kept = launchers.forward(*given, False, True, config, cu_seqlens)[2]
+    found = launchers.backward(*given, kept, _side_by_side(do), d_state, config, cu_seqlens, **_exactness(source, exact))
+    dq, *others = (q.new_empty(0) if y is None else y for y in found)
+    return dq, *others
 
 
 @_forward.register_fake
-def _(q, k, v, log_decay, initial_state, scale, want_state, want_saved):
-    batch, length, heads, key_dim = q.shape
-    state = (batch, heads, key_dim, v.shape[-1]) if want_state else (0,)
+def _(q, k, v, x, gain, offset, initial, cu, kind, slope, scale, exact, policy, want_state, want_saved):
+    launchers, config = _prepared(q, v, x, policy)
+    sequences = q.shape[0] if cu is None else cu.shape[0] - 1
+    o = torch.empty(v.shape, device=q.device, dtype=v.dtype)
+    state = (sequences, q.shape[2], q.shape[3], v.shape[3]) if want_state else (0,)
     state = torch.empty(state, device=q.device, dtype=torch.float32 if want_state else q.dtype)
-    o = torch.empty((batch, length, heads, v.shape[-1]), device=q.device, dtype=v.dtype)
-    nothing = (0,), q.dtype
-    shape, dtype = _kernels(log_decay).saved_like(q, v, _config(q, v, log_decay)) if want_saved else nothing
+    shape, dtype = launchers.saved_like(q, v, config, cu) if want_saved else ((0,), q.dtype)
     return o, state, torch.empty(shape, device=q.device, dtype=dtype)
 
 
 @_backward.register_fake
-def _(q, k, v, log_decay, initial_state, saved, do, d_state, scale):
-    grads = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v, log_decay)]
-    shape = (0,) if initial_state is None else initial_state.shape
-    return *grads, torch.empty(shape, device=q.device, dtype=q.dtype if initial_state is None else torch.float32)
+def _(q, k, v, x, gain, offset, initial, cu, saved, do, d_state, kind, slope, scale, exact, policy):
+    inputs = (q, k, v, x, gain, offset, initial)
+    return tuple(q.new_empty(0) if y is None else torch.empty(y.shape, device=y.device, dtype=y.dtype) for y in inputs)
 
 
 def _remember(ctx, inputs, output) -> None:
-    q, k, v, log_decay, initial_state, ctx.scale, ctx.want_state, _ = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, output[2])
+    *tensors, ctx.kind, ctx.slope, ctx.scale, ctx.exact, ctx.policy, ctx.want_state, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(ctx, do, d_state, *_):
-    *inputs, initial_state, saved = ctx.saved_tensors
-    d_state = d_state if ctx.want_state else None
-    dq, dk, dv, dg, d_initial = _backward(*inputs, initial_state, saved, do, d_state, ctx.scale)
-    d_initial = None if initial_state is None else d_initial.to(initial_state.dtype)
-    return dq, dk, dv, dg, d_initial, None, None, None
+def _differentiate(ctx, do, d_state, _):
+    tensors = ctx.saved_tensors
+    formula = (ctx.kind, ctx.slope, ctx.scale, ctx.exact, ctx.policy)
+    found = _backward(*tensors, do, d_state if ctx.want_state else None, *formula)
+    # An empty tensor stands for None where an input has entries.
+    needed = zip(ctx.needs_input_grad, tensors, found, strict=False)
+    grads = [y if need and y.shape == x.shape else None for need, x, y in needed]
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

@@ -1,16 +1,18 @@
 """Chooses the implementation of the scans and of the gated norm for a device, a dtype and a shape, and says why.
 
 On a Hopper GPU, where our Triton kernels were compared with their definitions, 16-bit tensors get them; other GPUs get plain
-torch unless asked, since nobody has looked there. The delta scan has no kernel yet. The environment variable DECAY_KERNEL
+torch unless asked, since nobody has looked there. fp32 tensors get plain torch too: the kernels serve them (three tf32 products
+for one of fp32) where DECAY_KERNEL=triton asks for it. The delta scan has no kernel yet. The environment variable DECAY_KERNEL
 (`naive` or `chunked`, and for the decay scan `triton`) overrides the choice for all, for finding out whether a kernel is at
 fault.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,17 +21,20 @@ from torch import Tensor
 from kernels.decay_scan_chunked import CHUNK as DECAY_CHUNK
 from kernels.decay_scan_chunked import decay_scan_chunked
 from kernels.decay_scan_naive import decay_scan_naive
+from kernels.decay_source import DecaySource
 from kernels.delta_scan_chunked import CHUNK as DELTA_CHUNK
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
 from kernels.gated_norm_naive import gated_norm_naive
-from kernels.triton_toolchain import on_hopper
+from kernels.triton_toolchain import choose_ptxas, on_hopper
 
 OVERRIDE = "DECAY_KERNEL"
-HALF = (torch.float16, torch.bfloat16)  # fp32 queries go to the chunked scan: the kernels were not timed for them
+HALF = (torch.float16, torch.bfloat16)
 Scan = Callable[..., Any]
 _DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
 _DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
+_said: set[str] = set()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +50,88 @@ class Choice:
         return f"{self.recurrence}: {self.name} ({self.reason})"
 
 
-def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor) -> Choice:
+def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> Choice:
     """Returns the decay scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
-    what = _described(q_bthk, v_bthv, log_decay)
-    wanted, scans = os.environ.get(OVERRIDE), _DECAY_SCANS
-    if wanted == "triton" or (wanted is None and q_bthk.dtype in HALF and on_hopper(q_bthk)):
-        scan, refusal = _triton_scan(q_bthk, v_bthv)
-        if scan is None and wanted is not None:
-            raise ValueError(f"{OVERRIDE}={wanted}: {refusal}; unset it")
-        if scan is not None and wanted is None:
-            return Choice(recurrence="decay scan", name="triton", scan=scan, reason=f"our Triton kernels serve {what}")
-        scans = scans if scan is None else {**scans, "triton": scan}
-        what += f"; {refusal}" if refusal else ""
-    return _choose("decay scan", scans, f"plain torch in chunks of {DECAY_CHUNK} serves {what}")
+    name, scan, refusal = _decay_scan(q_bthk, v_bthv)
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    what = _described(q_bthk, v_bthv, x)
+    if name == os.environ.get(OVERRIDE):
+        reason = f"{OVERRIDE} asks for it"
+    elif name == "triton":
+        reason = f"our Triton kernels serve {what}"
+    else:
+        reason = f"plain torch in chunks of {DECAY_CHUNK} serves {what}" + (f"; {refusal}" if refusal else "")
+    return Choice(recurrence="decay scan", name=name, scan=scan, reason=reason)
+
+
+def decay_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> Scan:
+    """The scan that `select_decay_scan` chooses; where the kernels are not chosen for a shape they lack, a warning says so
+    once."""
+    _, scan, refusal = _decay_scan(q_bthk, v_bthv)
+    if refusal and _wanted(q_bthk) and not torch.compiler.is_compiling() and refusal not in _said:
+        _said.add(refusal)
+        log.warning("%s; the scan in plain torch runs instead", refusal)
+    return scan
+
+
+def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
+    """Whether the scan for these tensors takes a DecaySource without forming log λ."""
+    return _decay_scan(q_bthk, v_bthv)[0] == "triton"
+
+
+def running_decay(f: Tensor) -> Tensor:
+    """LightNet's log λ by its kernel."""
+    from kernels.running_decay_triton import running_decay_triton
+
+    return running_decay_triton(f)
+
+
+def scan_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:
+    """(fields of the configuration that the Triton scan would take, where it comes from); None for a scan in plain torch."""
+    if _decay_scan(q_bthk, v_bthv)[0] != "triton":
+        return None
+    from kernels.decay_scan_triton import architecture_of, chosen_config, policy
+
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    sizes = ("vector" if x.dim() == 4 else "scalar", q_bthk.shape[-1], v_bthv.shape[-1], q_bthk.dtype)
+    config, origin = chosen_config(architecture_of(q_bthk.device), *sizes, policy())
+    return _fields(config), origin
+
+
+def _fields(config: Any) -> str:
+    """A dataclass in one line, without fields that are None."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    inner = {name: f"({_fields(value)})" if is_dataclass(value) else value for name, value in given.items()}
+    return ", ".join(f"{name} {value}" for name, value in inner.items() if value is not None)
+
+
+def _decay_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
+    """(name, scan, why it is not the Triton scan where that can be said)."""
+    wanted = os.environ.get(OVERRIDE)
+    if wanted in _DECAY_SCANS:
+        return wanted, _DECAY_SCANS[wanted], None
+    if wanted not in (None, "triton"):
+        raise ValueError(f"{OVERRIDE}={wanted}: unknown decay scan; set it to one of naive, chunked, triton or unset it")
+    refusal = None
+    if _wanted(q_bthk):
+        scan, refusal, absence = _triton_scan(q_bthk, v_bthv)
+        if scan is not None:
+            return "triton", scan, None
+        if absence and wanted is not None:
+            raise ValueError(f"{OVERRIDE}={wanted}: {absence}; unset it")
+    elif q_bthk.dtype == torch.float32 and on_hopper(q_bthk):
+        refusal = f"the Triton kernels take fp32 where {OVERRIDE}=triton asks for them"
+    return "chunked", decay_scan_chunked, refusal
+
+
+def _wanted(q_bthk: Tensor) -> bool:
+    """Whether the Triton scan is to be taken if it can be."""
+    return os.environ.get(OVERRIDE) == "triton" or (q_bthk.dtype in HALF and on_hopper(q_bthk))
+
+
+def toolchain() -> str:
+    """One line: which assembler Triton uses here, and why."""
+    return choose_ptxas()
 
 
 def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:
@@ -88,14 +162,16 @@ def _choose(recurrence: str, scans: dict[str, Scan], reason: str) -> Choice:
     return Choice(recurrence=recurrence, name=wanted, scan=scans[wanted], reason=f"{OVERRIDE} asks for it")
 
 
-def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | None]:
-    """(the Triton scan, None), or (None, why it cannot serve these tensors)."""
+def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | None, str | None]:
+    """(the Triton scan or None, why it cannot serve these tensors, why there is none at all)."""
     try:
-        from kernels.decay_scan_triton import decay_scan_triton, refusal
+        from kernels.decay_scan_triton import absence, decay_scan_triton, refusal
     except ImportError:
-        return None, "Triton is not installed"
-    reason = refusal(q_bthk, v_bthv)
-    return (decay_scan_triton, None) if reason is None else (None, reason)
+        missing = "Triton is not installed"
+        return None, missing, missing
+    missing = absence(q_bthk.device)
+    reason = missing or refusal(q_bthk, v_bthv)
+    return (decay_scan_triton if reason is None else None), reason, missing
 
 
 def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:

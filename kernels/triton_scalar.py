@@ -1,12 +1,14 @@
-"""Linear attention with one decay per head and token, as Triton kernels: one program walks along a sequence, chunk by
-chunk, and keeps the state on the chip.
+"""Linear attention with one decay per head and token, as Triton kernels: programs walk along a sequence, chunk by chunk, and
+keep the state on the chip.
 
     S_t = λ_t S_{t-1} + k_t v_tᵀ        o_t = scale · S_tᵀ q_t
 
 What is unusual:
-- The backward pass reads the inputs once. Under the policy `states` the forward pass stores the state at each chunk's
-  start (in the inputs' dtype) and one reverse walk gives all gradients; under `recompute` nothing is stored, a forward
-  walk gives dq and a reverse walk dk and dv.
+- λ is made in the kernels from what it is a function of (decay_source.py), and log λ is never in memory. Its gradient is, in
+  fp32, and one small kernel takes that back through the formula.
+- Three backward passes. `states`: the forward pass keeps the state at each chunk's start and one walk in reverse gives all
+  gradients. `recompute`: nothing is kept, a walk forwards gives dq and one in reverse dk and dv. `split`, for states that are
+  too large for one program: a walk in reverse keeps the state's gradient dS as well, and then all chunks are done at once.
 - dlog λ_t is the sum over the pairs of tokens j < t <= i, split into pairs inside the chunk, pairs with one end in it, and
   pairs around it, ⟨S, dS⟩. Nothing is summed along the whole sequence, so the error does not grow with T. Pairs inside
   are summed as q·dq - k·dk, where i = j cancels; for fp32 inputs pair by pair without i = j, which tells small λ from
@@ -16,11 +18,8 @@ What is unusual:
   slice; what several programs have a share in is written per slice in fp32 and summed in a fixed order. No atomics: two
   runs give equal bits.
 - A sequence with few heads is cut into segments: a first walk finds what each segment adds to the state, a short walk
-  over the segments gives each its initial state.
-- Decays are handled as log2 λ, no less than -150: 2^-150 is 0 in fp32, so λ = 0 is exact and nothing is inf - inf. An
-  exponent is masked before exp2, since λ may be slightly above 1.
-- fp32 inputs are multiplied as three tf32 products (tf32x3) and their running log decays summed as whole and fractional
-  parts, or rounding at |log2 λ| = 150 per token would show.
+  over the segments gives each its initial state. Packed sequences are not cut further.
+- fp32 inputs are multiplied as three tf32 products (tf32x3).
 - A transposed tile that was computed is never the left operand of tl.dot: Triton 3.4 to 3.7.0 miscompile that on Hopper
   (flash-linear-attention#640). Transposes come from loaded tiles or from a second product.
 - Triton's interpreter multiplies bf16 wrongly: there, bf16 tiles are made fp32 first.
@@ -30,8 +29,8 @@ Source: decay_scan_naive.py is the definition; the chunked form is that of Mamba
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,579 +38,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.decay_source import DecaySource
+from kernels.triton_gate import KINDS, Gradients
+from kernels.triton_scalar_chunks import chunk_kernel
+from kernels.triton_scalar_configs import SEGMENT_STEP, Config, Launch, candidates, default_config, padded
+from kernels.triton_scalar_gate import gate_kernel
+from kernels.triton_scalar_recompute import dkv_kernel, dq_kernel
+from kernels.triton_scalar_reverse import reverse_kernel
+from kernels.triton_scalar_walk import carry_kernel, walk_kernel
+
 CHECKPOINT = 8
-NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
-LOG2_FLOOR = tl.constexpr(-150.0)
-LOG2_E = tl.constexpr(math.log2(math.e))
-
-# B·H below which the sequence is cut, the programs wanted then (four per multiprocessor of an H100), tokens per segment.
-FEW_HEADS, WANTED_PROGRAMS, SEGMENT_TOKENS = 256, 4 * 132, 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How one walk over the chunks runs; block_k and block_v are the largest slice of a state that one program holds."""
-
-    chunk: int
-    warps: int
-    stages: int
-    block_k: int = 64
-    block_v: int = 64
-    registers: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """policy: `states` or `recompute`. dq: the forward-time walk of the backward pass, for `recompute`, in place of backward.
-
-    fp32 inputs under `recompute` have their states computed once more in the backward pass, then go as under `states`.
-    """
-
-    policy: str
-    forward: Launch
-    backward: Launch
-    dq: Launch | None = None
-
-
-def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
-    """Returns a configuration that is right for these dims; the fastest ones are the caller's to know."""
-    if dtype == torch.float32:
-        launch = Launch(chunk=32, warps=4, stages=1, block_k=32, block_v=32)
-        return Config(policy="states", forward=launch, backward=launch)
-    large = key_dim > 64 or value_dim > 64
-    forward = Launch(chunk=64, warps=4, stages=2 if large else 3, block_k=128 if large else 64)
-    return Config(policy="states", forward=forward, backward=Launch(chunk=64, warps=4, stages=1))
-
-
-def _padded(dim: int) -> int:
-    return max(NARROWEST, triton.next_power_of_2(dim))
-
-
-@triton.jit
-def _locate(heads, segments, length, tokens, SLICES_K: tl.constexpr, SLICES_V: tl.constexpr):
-    """Returns this program's slice of K, of V, its batch entry, segment and head, and its first token and token count."""
-    program = tl.program_id(0)
-    slice_v = program % SLICES_V
-    slice_k = (program // SLICES_V) % SLICES_K
-    sequence = program // (SLICES_V * SLICES_K)
-    head = (sequence % heads).to(tl.int64)
-    segment = (sequence // heads) % segments
-    batch = (sequence // heads // segments).to(tl.int64)
-    start = segment * length
-    return slice_k, slice_v, batch, segment, head, start, tl.minimum(length, tokens - start)
-
-
-@triton.jit
-def _tile(base, offsets, rows, columns, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LP: tl.constexpr):
-    """A (chunk, BLOCK) tile as the products' dtype, 0 past the sequence's end and past the last column."""
-    mask = rows[:, None] < limit
-    if WIDTH % BLOCK != 0:
-        mask = mask & (columns[None, :] < WIDTH)
-    return tl.load(base + offsets, mask=mask, other=0.0).to(LP)
-
-
-@triton.jit
-def _put(base, offsets, rows, columns, limit, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    mask = rows[:, None] < limit
-    if WIDTH % BLOCK != 0:
-        mask = mask & (columns[None, :] < WIDTH)
-    tl.store(base + offsets, value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _get_state(base, ck, cv, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    pointers = base + (ck[:, None] * V + cv[None, :])
-    if K % BLOCK_K == 0 and V % BLOCK_V == 0:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(ck[:, None] < K) & (cv[None, :] < V), other=0.0)
-
-
-@triton.jit
-def _put_state(base, ck, cv, value, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    pointers = base + (ck[:, None] * V + cv[None, :])
-    if K % BLOCK_K == 0 and V % BLOCK_V == 0:
-        tl.store(pointers, value.to(base.dtype.element_ty))
-    else:
-        tl.store(pointers, value.to(base.dtype.element_ty), mask=(ck[:, None] < K) & (cv[None, :] < V))
-
-
-@triton.jit
-def _log2_decays(base, offsets, rows, limit):
-    log_decay = tl.load(base + offsets, mask=rows < limit, other=0.0)
-    return tl.maximum(log_decay * LOG2_E, LOG2_FLOOR)
-
-
-@triton.jit
-def _running(log2_decay, SPLIT: tl.constexpr):
-    """Running sums of log2 λ and its total as (whole, fraction): whole numbers are summed without rounding."""
-    if SPLIT:
-        whole = tl.floor(log2_decay + 0.5)
-        fraction = log2_decay - whole
-        return tl.cumsum(whole, 0), tl.cumsum(fraction, 0), tl.sum(whole, 0), tl.sum(fraction, 0)
-    else:
-        zero = tl.zeros_like(log2_decay)
-        return tl.cumsum(log2_decay, 0), zero, tl.sum(log2_decay, 0), tl.full([], 0.0, tl.float32)
-
-
-@triton.jit
-def _between(whole, fraction, rows, log2_scale, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr):
-    """Entry (i, j) is scale times λ's product over the tokens after j up to i, 0 for j > i; TRANSPOSED: entry (j, i)."""
-    # The scale goes in as a summand of the later token's exponent: a vector is added to, no tile is multiplied.
-    if SPLIT:
-        fraction_late = fraction + log2_scale
-        if TRANSPOSED:
-            power = (whole[None, :] - whole[:, None]) + (fraction_late[None, :] - fraction[:, None])
-        else:
-            power = (whole[:, None] - whole[None, :]) + (fraction_late[:, None] - fraction[None, :])
-    else:
-        late = whole + log2_scale
-        power = late[None, :] - whole[:, None] if TRANSPOSED else late[:, None] - whole[None, :]
-    kept = rows[None, :] >= rows[:, None] if TRANSPOSED else rows[:, None] >= rows[None, :]
-    return tl.exp2(tl.where(kept, power, float("-inf")))
-
-
-@triton.jit
-def _suffix_sum(x):
-    """Entry t is the sum of entries t and later."""
-    return tl.sum(x, 0) - tl.cumsum(x, 0) + x
-
-
-@triton.jit
-def _inside(pairs_t, rows):
-    """What the pairs (j, i) inside a chunk give to the suffix sum that is dlog λ; i = j gives nothing and is left out."""
-    pairs_t = tl.where(rows[None, :] > rows[:, None], pairs_t, 0.0)
-    return tl.sum(pairs_t, 0) - tl.sum(pairs_t, 1)
-
-
-@triton.jit
-def _above_rounding(d_decay, log2_decay):
-    """Where terms i = j were subtracted and λ is below fp32's resolution, what is left is their rounding: made 0."""
-    return tl.where(log2_decay > -24.0, d_decay, 0.0)
-
-
-_RUNTIME = ["log2_scale", "tokens", "batches", "heads", "segments", "length"]
-_STRIDES = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "g", "d") for axis in ("b", "t", "h")]
-
-
-# fmt: off
-@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
-def _forward_kernel(
-    q, k, v, g, initial, o, final, saved,
-    log2_scale, tokens, batches, heads, segments, length,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-):
-    SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    slice_k, slice_v, batch, segment, head, start, count = _locate(heads, segments, length, tokens, SLICES_K, SLICES_V)
-    rows = tl.arange(0, CHUNK)
-    ck = slice_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    cv = slice_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_base = q + (batch * q_b + start.to(tl.int64) * q_t + head * q_h) * ALIGN
-    k_base = k + (batch * k_b + start.to(tl.int64) * k_t + head * k_h) * ALIGN
-    v_base = v + (batch * v_b + start.to(tl.int64) * v_t + head * v_h) * ALIGN
-    g_base = g + batch * g_b + start.to(tl.int64) * g_t + head * g_h
-    o_base = o + (((slice_k * batches + batch) * tokens + start) * heads + head) * V
-    q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
-    k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
-    v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
-    o_offsets = rows[:, None] * (heads * V) + cv[None, :]
-    sequence = (batch * segments + segment) * heads + head
-    chunks = tl.cdiv(count, CHUNK)
-    if saved is not None:
-        saved_base = saved + sequence * tl.cdiv(length, CHUNK) * (K * V)
-    if initial is not None:
-        state = _get_state(initial + sequence * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
-    else:
-        state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
-        left = count - c * CHUNK
-        qc = _tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
-        kc = _tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
-        whole, fraction, whole_total, fraction_total = _running(_log2_decays(g_base, rows * g_t, rows, left), SPLIT)
-        rounded = state.to(LP)
-        if saved is not None:
-            _put_state(saved_base, ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
-            saved_base += K * V
-        from_start = tl.exp2(whole + fraction + log2_scale)
-        scores = tl.dot(qc, tl.trans(kc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
-        out = tl.dot(qc, rounded, input_precision=PRECISION) * from_start[:, None]
-        out = tl.dot(scores.to(LP), vc, out, input_precision=PRECISION)
-        _put(o_base, o_offsets, rows, cv, left, out, V, BLOCK_V)
-        to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
-        v_decayed = (vc * to_end[:, None]).to(LP)
-        state = tl.dot(tl.trans(kc), v_decayed, state * tl.exp2(whole_total + fraction_total), input_precision=PRECISION)
-        q_base += CHUNK * q_t * ALIGN
-        k_base += CHUNK * k_t * ALIGN
-        v_base += CHUNK * v_t * ALIGN
-        g_base += CHUNK * g_t
-        o_base += CHUNK * heads * V
-    if final is not None:  # noqa: SIM102
-        if segment == segments - 1:
-            _put_state(final + (batch * heads + head) * (K * V), ck, cv, state, K, V, BLOCK_K, BLOCK_V)
-
-
-@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
-def _backward_kernel(
-    q, k, v, g, d, saved, d_final, dq, dk, dv, dg, d_initial,
-    log2_scale, tokens, batches, heads, segments, length,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, d_b, d_t, d_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-):
-    SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    slice_k, slice_v, batch, segment, head, start, count = _locate(heads, segments, length, tokens, SLICES_K, SLICES_V)
-    rows = tl.arange(0, CHUNK)
-    ck = slice_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    cv = slice_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    chunks = tl.cdiv(count, CHUNK)
-    last = start.to(tl.int64) + (chunks - 1) * CHUNK
-    q_base = q + (batch * q_b + last * q_t + head * q_h) * ALIGN
-    k_base = k + (batch * k_b + last * k_t + head * k_h) * ALIGN
-    v_base = v + (batch * v_b + last * v_t + head * v_h) * ALIGN
-    d_base = d + (batch * d_b + last * d_t + head * d_h) * ALIGN
-    g_base = g + batch * g_b + last * g_t + head * g_h
-    dq_base = dq + (((slice_v * batches + batch) * tokens + last) * heads + head) * K
-    dk_base = dk + (((slice_v * batches + batch) * tokens + last) * heads + head) * K
-    dv_base = dv + (((slice_k * batches + batch) * tokens + last) * heads + head) * V
-    dg_base = dg + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + last) * heads + head
-    q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
-    k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
-    v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
-    d_offsets = rows[:, None] * (d_t * ALIGN) + cv[None, :]
-    dk_offsets = rows[:, None] * (heads * K) + ck[None, :]
-    dv_offsets = rows[:, None] * (heads * V) + cv[None, :]
-    sequence = (batch * segments + segment) * heads + head
-    saved_base = saved + (sequence * tl.cdiv(length, CHUNK) + chunks - 1) * (K * V)
-    if d_final is not None:
-        d_state = _get_state(d_final + sequence * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
-    else:
-        d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
-        left = count - (chunks - 1 - c) * CHUNK
-        qc = _tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
-        kc = _tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
-        dc = _tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        state = _get_state(saved_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
-        log2_decay = _log2_decays(g_base, rows * g_t, rows, left)
-        whole, fraction, whole_total, fraction_total = _running(log2_decay, SPLIT)
-        from_start = tl.exp2(whole + fraction + log2_scale)
-        to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
-        total = tl.exp2(whole_total + fraction_total)
-        d_rounded = d_state.to(LP)
-        around = total * tl.sum(tl.sum(state * d_state, 1), 0)
-
-        scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
-        values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
-        weight_t = _between(whole, fraction, rows, log2_scale, True, SPLIT)
-        scores_t *= weight_t
-        if SPLIT:
-            inside = _inside(scores_t * values_t, rows)
-        scores_t, values_t = scores_t.to(LP), (values_t * weight_t).to(LP)
-
-        dv_c = tl.dot(kc, d_rounded, input_precision=PRECISION) * to_end[:, None]
-        dv_c = tl.dot(scores_t, dc, dv_c, input_precision=PRECISION)
-        _put(dv_base, dv_offsets, rows, cv, left, dv_c, V, BLOCK_V)
-
-        dk_c = tl.dot(vc, tl.trans(d_rounded), input_precision=PRECISION) * to_end[:, None]
-        leaving = tl.sum(dk_c * kc, 1)
-        dk_c = tl.dot(values_t, qc, dk_c, input_precision=PRECISION)
-        if not SPLIT:
-            k_dk = tl.sum(dk_c * kc, 1)
-        _put(dk_base, dk_offsets, rows, ck, left, dk_c, K, BLOCK_K)
-
-        values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
-        dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
-        if SPLIT:
-            inside += tl.sum(dq_c * qc, 1)
-        dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
-        if not SPLIT:
-            inside = tl.sum(dq_c * qc, 1) - k_dk
-        _put(dq_base, dk_offsets, rows, ck, left, dq_c, K, BLOCK_K)
-
-        if SPLIT:
-            left_before = tl.sum(tl.where(rows[:, None] < rows[None, :], leaving[:, None], 0.0), 0)
-            d_decay = tl.cumsum(inside, 0, reverse=True) + left_before + around
-        else:
-            d_decay = _above_rounding(_suffix_sum(inside) + (around + tl.sum(leaving, 0)), log2_decay)
-        tl.store(dg_base + rows * heads, d_decay, mask=rows < left)
-
-        d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
-        q_base -= CHUNK * q_t * ALIGN
-        k_base -= CHUNK * k_t * ALIGN
-        v_base -= CHUNK * v_t * ALIGN
-        d_base -= CHUNK * d_t * ALIGN
-        g_base -= CHUNK * g_t
-        dq_base -= CHUNK * heads * K
-        dk_base -= CHUNK * heads * K
-        dv_base -= CHUNK * heads * V
-        dg_base -= CHUNK * heads
-        saved_base -= K * V
-    if d_initial is not None:  # noqa: SIM102
-        if segment == 0:
-            _put_state(d_initial + (batch * heads + head) * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
-
-
-@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
-def _dq_kernel(
-    q, k, v, g, d, initial, dq, dg, checkpoints,
-    log2_scale, tokens, batches, heads, segments, length,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, d_b, d_t, d_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    EVERY: tl.constexpr,
-):
-    """dq, what arrives in dlog λ from earlier chunks, and a state every EVERY chunks and at the end."""
-    SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    slice_k, slice_v, batch, segment, head, start, count = _locate(heads, segments, length, tokens, SLICES_K, SLICES_V)
-    rows = tl.arange(0, CHUNK)
-    ck = slice_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    cv = slice_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_base = q + (batch * q_b + start.to(tl.int64) * q_t + head * q_h) * ALIGN
-    k_base = k + (batch * k_b + start.to(tl.int64) * k_t + head * k_h) * ALIGN
-    v_base = v + (batch * v_b + start.to(tl.int64) * v_t + head * v_h) * ALIGN
-    d_base = d + (batch * d_b + start.to(tl.int64) * d_t + head * d_h) * ALIGN
-    g_base = g + batch * g_b + start.to(tl.int64) * g_t + head * g_h
-    dq_base = dq + (((slice_v * batches + batch) * tokens + start) * heads + head) * K
-    dg_base = dg + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + start) * heads + head
-    q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
-    k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
-    v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
-    d_offsets = rows[:, None] * (d_t * ALIGN) + cv[None, :]
-    dq_offsets = rows[:, None] * (heads * K) + ck[None, :]
-    sequence = (batch * segments + segment) * heads + head
-    chunks = tl.cdiv(count, CHUNK)
-    checkpoint_base = checkpoints + sequence * (tl.cdiv(tl.cdiv(length, CHUNK), EVERY) + 1) * (K * V)
-    if initial is not None:
-        state = _get_state(initial + sequence * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
-    else:
-        state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
-        left = count - c * CHUNK
-        qc = _tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
-        kc = _tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
-        dc = _tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        whole, fraction, whole_total, fraction_total = _running(_log2_decays(g_base, rows * g_t, rows, left), SPLIT)
-        rounded = state.to(LP)
-        if c % EVERY == 0:
-            _put_state(checkpoint_base, ck, cv, state, K, V, BLOCK_K, BLOCK_V)
-            checkpoint_base += K * V
-        values = tl.dot(dc, tl.trans(vc), input_precision=PRECISION) * _between(whole, fraction, rows, log2_scale, False, SPLIT)
-        dq_c = tl.dot(dc, tl.trans(rounded), input_precision=PRECISION) * tl.exp2(whole + fraction + log2_scale)[:, None]
-        dq_c = tl.dot(values.to(LP), kc, dq_c, input_precision=PRECISION)
-        arriving = tl.sum(dq_c * qc, 1)
-        _put(dq_base, dq_offsets, rows, ck, left, dq_c, K, BLOCK_K)
-        tl.store(dg_base + rows * heads, _suffix_sum(arriving), mask=rows < left)
-        to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
-        v_decayed = (vc * to_end[:, None]).to(LP)
-        state = tl.dot(tl.trans(kc), v_decayed, state * tl.exp2(whole_total + fraction_total), input_precision=PRECISION)
-        q_base += CHUNK * q_t * ALIGN
-        k_base += CHUNK * k_t * ALIGN
-        v_base += CHUNK * v_t * ALIGN
-        d_base += CHUNK * d_t * ALIGN
-        g_base += CHUNK * g_t
-        dq_base += CHUNK * heads * K
-        dg_base += CHUNK * heads
-    _put_state(checkpoint_base, ck, cv, state, K, V, BLOCK_K, BLOCK_V)
-
-
-@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
-def _dkv_kernel(
-    q, k, v, g, d, checkpoints, d_final, dk, dv, dg, d_initial,
-    log2_scale, tokens, batches, heads, segments, length,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, d_b, d_t, d_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    EVERY: tl.constexpr,
-):
-    """dk, dv, and dlog λ from what _dq_kernel left there. `passing` is ⟨S, dS⟩ at the end of the chunk at hand."""
-    # dS is rounded there as in dk, or the difference of the two roundings would stay in `passing`.
-    SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    slice_k, slice_v, batch, segment, head, start, count = _locate(heads, segments, length, tokens, SLICES_K, SLICES_V)
-    rows = tl.arange(0, CHUNK)
-    ck = slice_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    cv = slice_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    chunks = tl.cdiv(count, CHUNK)
-    last = start.to(tl.int64) + (chunks - 1) * CHUNK
-    q_base = q + (batch * q_b + last * q_t + head * q_h) * ALIGN
-    k_base = k + (batch * k_b + last * k_t + head * k_h) * ALIGN
-    v_base = v + (batch * v_b + last * v_t + head * v_h) * ALIGN
-    d_base = d + (batch * d_b + last * d_t + head * d_h) * ALIGN
-    g_base = g + batch * g_b + last * g_t + head * g_h
-    dk_base = dk + (((slice_v * batches + batch) * tokens + last) * heads + head) * K
-    dv_base = dv + (((slice_k * batches + batch) * tokens + last) * heads + head) * V
-    dg_base = dg + (((slice_k * SLICES_V + slice_v) * batches + batch) * tokens + last) * heads + head
-    q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
-    k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
-    v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
-    d_offsets = rows[:, None] * (d_t * ALIGN) + cv[None, :]
-    dk_offsets = rows[:, None] * (heads * K) + ck[None, :]
-    dv_offsets = rows[:, None] * (heads * V) + cv[None, :]
-    sequence = (batch * segments + segment) * heads + head
-    stored = tl.cdiv(chunks, EVERY)
-    checkpoint_base = checkpoints + sequence * (tl.cdiv(tl.cdiv(length, CHUNK), EVERY) + 1) * (K * V) + stored * (K * V)
-    if d_final is not None:
-        d_state = _get_state(d_final + sequence * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
-        state = _get_state(checkpoint_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
-        passing = tl.sum(tl.sum(state * d_state.to(LP), 1), 0)
-    else:
-        d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-        passing = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
-    for c in tl.range(0, chunks, num_stages=STAGES):
-        left = count - (chunks - 1 - c) * CHUNK
-        qc = _tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
-        kc = _tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
-        dc = _tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        arriving = tl.load(dg_base + rows * heads, mask=rows < left, other=0.0)
-        log2_decay = _log2_decays(g_base, rows * g_t, rows, left)
-        whole, fraction, whole_total, fraction_total = _running(log2_decay, SPLIT)
-        from_start = tl.exp2(whole + fraction + log2_scale)
-        to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
-        d_rounded = d_state.to(LP)
-
-        scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
-        values_t = tl.dot(vc, tl.trans(dc), input_precision=PRECISION)
-        weight_t = _between(whole, fraction, rows, log2_scale, True, SPLIT)
-        scores_t *= weight_t
-        scores_t, values_t = scores_t.to(LP), (values_t * weight_t).to(LP)
-
-        dv_c = tl.dot(kc, d_rounded, input_precision=PRECISION) * to_end[:, None]
-        dv_c = tl.dot(scores_t, dc, dv_c, input_precision=PRECISION)
-        _put(dv_base, dv_offsets, rows, cv, left, dv_c, V, BLOCK_V)
-
-        dk_c = tl.dot(vc, tl.trans(d_rounded), input_precision=PRECISION) * to_end[:, None]
-        dk_c = tl.dot(values_t, qc, dk_c, input_precision=PRECISION)
-        leaving = tl.sum(dk_c * kc, 1)
-        _put(dk_base, dk_offsets, rows, ck, left, dk_c, K, BLOCK_K)
-
-        d_decay = _above_rounding(arriving - _suffix_sum(leaving) + passing, log2_decay)
-        tl.store(dg_base + rows * heads, d_decay, mask=rows < left)
-        total = tl.exp2(whole_total + fraction_total)
-        d_state = tl.dot(tl.trans(qc), (dc * from_start[:, None]).to(LP), d_state * total, input_precision=PRECISION)
-        if (chunks - 1 - c) % EVERY == 0:
-            checkpoint_base -= K * V
-            state = _get_state(checkpoint_base, ck, cv, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
-            passing = tl.sum(tl.sum(state * d_state.to(LP), 1), 0)
-        else:
-            passing += tl.sum(tl.where(rows == 0, arriving, 0.0), 0) - tl.sum(leaving, 0)
-        q_base -= CHUNK * q_t * ALIGN
-        k_base -= CHUNK * k_t * ALIGN
-        v_base -= CHUNK * v_t * ALIGN
-        d_base -= CHUNK * d_t * ALIGN
-        g_base -= CHUNK * g_t
-        dk_base -= CHUNK * heads * K
-        dv_base -= CHUNK * heads * V
-        dg_base -= CHUNK * heads
-    if d_initial is not None:  # noqa: SIM102
-        if segment == 0:
-            _put_state(d_initial + (batch * heads + head) * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
-
-
-@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
-def _segment_kernel(
-    k, v, g, added, totals,
-    log2_scale, tokens, batches, heads, segments, length,
-    k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """What a segment adds to the state at its end; with REVERSE, k and v being q and do, to dS at its start."""
-    SLICES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    slice_k, slice_v, batch, segment, head, start, count = _locate(heads, segments, length, tokens, SLICES_K, SLICES_V)
-    rows = tl.arange(0, CHUNK)
-    ck = slice_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    cv = slice_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    chunks = tl.cdiv(count, CHUNK)
-    first = start.to(tl.int64)
-    if REVERSE:
-        first += (chunks - 1) * CHUNK
-    step = -CHUNK if REVERSE else CHUNK
-    k_base = k + (batch * k_b + first * k_t + head * k_h) * ALIGN
-    v_base = v + (batch * v_b + first * v_t + head * v_h) * ALIGN
-    g_base = g + batch * g_b + first * g_t + head * g_h
-    k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
-    v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
-    state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    log2_total = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
-    for c in tl.range(0, chunks, num_stages=STAGES):
-        left = count - (chunks - 1 - c if REVERSE else c) * CHUNK
-        kc = _tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        vc = _tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
-        whole, fraction, whole_total, fraction_total = _running(_log2_decays(g_base, rows * g_t, rows, left), SPLIT)
-        if REVERSE:
-            weight = tl.exp2(whole + fraction + log2_scale)
-        else:
-            weight = tl.exp2((whole_total - whole) + (fraction_total - fraction))
-        total = whole_total + fraction_total
-        state = tl.dot(tl.trans(kc), (vc * weight[:, None]).to(LP), state * tl.exp2(total), input_precision=PRECISION)
-        log2_total += total
-        k_base += step * k_t * ALIGN
-        v_base += step * v_t * ALIGN
-        g_base += step * g_t
-    sequence = (batch * segments + segment) * heads + head
-    _put_state(added + sequence * (K * V), ck, cv, state, K, V, BLOCK_K, BLOCK_V)
-    tl.store(totals + sequence, tl.exp2(log2_total))
-
-
-@triton.jit(do_not_specialize=["heads", "segments"])
-def _carry_kernel(added, totals, outside, heads, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """Replaces what each segment adds by the state that it starts from; with REVERSE, by dS at its end."""
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    inside = offsets < SIZE
-    if outside is not None:
-        state = tl.load(outside + (batch * heads + head) * SIZE + offsets, mask=inside, other=0.0)
-    else:
-        state = tl.zeros([BLOCK], tl.float32)
-    for i in tl.range(0, segments):
-        segment = segments - 1 - i if REVERSE else i
-        sequence = (batch * segments + segment) * heads + head
-        own = tl.load(added + sequence * SIZE + offsets, mask=inside, other=0.0)
-        total = tl.load(totals + sequence)
-        tl.store(added + sequence * SIZE + offsets, state, mask=inside)
-        state = state * total + own
-# fmt: on
+SEGMENT_TOKENS = 512  # fewest in a segment
+PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has per head
+__all__ = ["Config", "Launch", "backward", "candidates", "default_config", "forward", "saved_like"]
 
 
 def forward(
     q_bthk: Tensor,
     k_bthk: Tensor,
     v_bthv: Tensor,
-    log_decay: Tensor,
+    source: DecaySource,
     scale: float,
     initial_state: Tensor | None,
     want_state: bool,
     want_saved: bool,
     config: Config,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V) fp32 or None, what backward wants back or None).
 
-    log_decay: natural log of λ, fp32, (B, T, H), any strides. The last axis of q, k and v is contiguous. K, V <= 256.
+    source: x (B, T, H), any strides. The last axis of q, k and v is contiguous. K, V <= 256. cu_seqlens: (N + 1,), int32 or
+    int64, where N sequences packed into B = 1 begin and end, not looked at here; states are then (N, H, K, V).
     """
-    walk = _Walk.of(config.forward, q_bthk, v_bthv, scale)
-    (batch, _, heads, key_dim), value_dim = q_bthk.shape, v_bthv.shape[-1]
-    initial_state = None if initial_state is None else initial_state.float().contiguous()
-    starts = walk.states_at_segments(k_bthk, v_bthv, log_decay, initial_state, reverse=False)
-    o = walk.partial(v_bthv, walk.slices_k)
-    final = q_bthk.new_empty(batch, heads, key_dim, value_dim, dtype=torch.float32) if want_state else None
-    saved = None
-    if want_saved and config.policy == "states":
-        chunks = triton.cdiv(walk.length, config.forward.chunk)
-        saved = q_bthk.new_empty(batch * walk.segments * heads, chunks, key_dim, value_dim)
+    scan = _Scan.of(q_bthk, v_bthv, source, scale, cu_seqlens)
+    launch = config.forward
+    starts = scan.states_at_segments(launch, k_bthk, v_bthv, _wide(initial_state), reverse=False)
+    o = scan.partial(v_bthv, scan.slices(launch)[0])
+    final = scan.states() if want_state else None
+    saved = scan.kept(config) if want_saved and config.policy != "recompute" else None
     inputs = {"q": q_bthk, "k": k_bthk, "v": v_bthv}
-    walk.run(_forward_kernel, inputs, log_decay, initial=starts, o=o, final=final, saved=saved)
+    scan.walk(launch, inputs, initial=starts, o=o, final=final, saved=saved, every=config.kept_every // launch.chunk)
     return _summed(o, v_bthv), final, saved
 
 
@@ -619,153 +85,281 @@ def backward(
     q_bthk: Tensor,
     k_bthk: Tensor,
     v_bthv: Tensor,
-    log_decay: Tensor,
+    source: DecaySource,
     scale: float,
     initial_state: Tensor | None,
     saved: Tensor | None,
     do_bthv: Tensor,
     d_final_state: Tensor | None,
     config: Config,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns (dq, dk, dv in the inputs' dtypes, dlog_decay fp32 (B, T, H), dinitial_state fp32 or None).
+    cu_seqlens: Tensor | None = None,
+) -> Gradients:
+    """Returns the gradients in the inputs' dtypes, that of the initial state in fp32.
 
-    The configuration's policy and, for `states`, its chunk are those of the forward pass.
+    The configuration's policy and its tokens between kept states are those of the forward pass. A gain or an offset that the
+    source's formula does not use has no gradient.
     """
     if config.policy == "recompute" and q_bthk.dtype == torch.float32:
         # What is summed from chunk to chunk rounds relative to its largest term, which fp32 inputs do not put up with.
         config = Config(policy="states", forward=config.backward, backward=config.backward)
-        saved = forward(q_bthk, k_bthk, v_bthv, log_decay, scale, initial_state, False, True, config)[2]
-    walk = _Walk.of(config.backward, q_bthk, v_bthv, scale)
-    (batch, tokens, heads, key_dim), value_dim = q_bthk.shape, v_bthv.shape[-1]
-    d_final_state = None if d_final_state is None else d_final_state.float().contiguous()
-    ends = walk.states_at_segments(q_bthk, do_bthv, log_decay, d_final_state, reverse=True)
-    dq, dk = walk.partial(q_bthk, walk.slices_v), walk.partial(k_bthk, walk.slices_v)
-    dv = walk.partial(v_bthv, walk.slices_k)
-    dg = q_bthk.new_empty(walk.slices_k * walk.slices_v, batch, tokens, heads, dtype=torch.float32)
-    d_initial = None if initial_state is None else q_bthk.new_empty(batch, heads, key_dim, value_dim, dtype=torch.float32)
+        given = (q_bthk, k_bthk, v_bthv, source, scale, initial_state)
+        saved = forward(*given, False, True, config, cu_seqlens)[2]
+    scan = _Scan.of(q_bthk, v_bthv, source, scale, cu_seqlens)
+    if config.policy != "recompute" and (saved is None or saved.shape != scan.kept_shape(config)):
+        raise ValueError(f"policy `{config.policy}`: the forward pass saved no states, or saved them for another chunk")
     inputs = {"q": q_bthk, "k": k_bthk, "v": v_bthv, "d": do_bthv}
-    if config.policy == "states":
-        if saved is None or saved.shape[1] != triton.cdiv(walk.length, config.backward.chunk):
-            raise ValueError("policy `states`: the forward pass saved no states, or saved them for another chunk")
-        outputs = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "d_initial": d_initial}
-        walk.run(_backward_kernel, inputs, log_decay, saved=saved, d_final=ends, **outputs)
-    else:
-        early = _Walk.of(config.dq or config.backward, q_bthk, v_bthv, scale)
-        if (early.launch.chunk, early.slices_k, early.slices_v) != (walk.launch.chunk, walk.slices_k, walk.slices_v):
-            raise ValueError("policy `recompute`: the two walks of the backward pass differ in chunk or slices")
-        initial_state = None if initial_state is None else initial_state.float().contiguous()
-        starts = early.states_at_segments(k_bthk, v_bthv, log_decay, initial_state, reverse=False)
-        stored = triton.cdiv(triton.cdiv(walk.length, walk.launch.chunk), CHECKPOINT) + 1
-        sizes = (batch * walk.segments * heads, stored, key_dim, value_dim)
-        between = {"dg": dg, "checkpoints": q_bthk.new_empty(sizes, dtype=torch.float32), "EVERY": CHECKPOINT}
-        early.run(_dq_kernel, inputs, log_decay, initial=starts, dq=dq, **between)
-        walk.run(_dkv_kernel, inputs, log_decay, d_final=ends, dk=dk, dv=dv, d_initial=d_initial, **between)
-    d_decay = dg[0] if dg.shape[0] == 1 else dg.sum(dim=0)
-    return _summed(dq, q_bthk), _summed(dk, k_bthk), _summed(dv, v_bthv), d_decay, d_initial
+    initial_state, d_final_state = _wide(initial_state), _wide(d_final_state)
+    return _POLICIES[config.policy](scan, inputs, initial_state, saved, d_final_state, config)
 
 
-def _segments(sequences: int, tokens: int) -> tuple[int, int]:
-    """How many segments a sequence is cut into, and the tokens of one: a multiple of every chunk, the last may be short."""
-    if sequences >= FEW_HEADS:
-        return 1, tokens
-    wanted = max(1, min(math.ceil(WANTED_PROGRAMS / sequences), tokens // SEGMENT_TOKENS))
-    length = 128 * math.ceil(tokens / (128 * wanted))
-    return math.ceil(tokens / length), length
+def saved_like(
+    q_bthk: Tensor, v_bthv: Tensor, config: Config, cu_seqlens: Tensor | None = None
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the states that `forward` keeps for the backward pass; (0,) where it keeps none."""
+    if config.policy == "recompute":
+        return (0,), q_bthk.dtype
+    batch, tokens, heads, key_dim = q_bthk.shape
+    packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (_slots(batch, tokens, packed, config.kept_every), heads, key_dim, v_bthv.shape[-1]), q_bthk.dtype
+
+
+def _by_reverse_walk(
+    scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
+) -> Gradients:
+    launch = config.backward
+    ends = scan.states_at_segments(launch, inputs["q"], inputs["d"], d_final, reverse=True)
+    outputs = scan.outputs(inputs, launch, initial)
+    scan.run(reverse_kernel, launch, inputs, saved=saved, d_final=ends, **outputs)
+    return scan.gradients(inputs, **outputs)
+
+
+def _by_two_walks(
+    scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
+) -> Gradients:
+    early, late = config.dq or config.backward, config.backward
+    if (early.chunk, scan.slices(early), early.programs) != (late.chunk, scan.slices(late), late.programs):
+        raise ValueError("policy `recompute`: the two walks of the backward pass differ in chunk, slices or programs")
+    starts = scan.states_at_segments(early, inputs["k"], inputs["v"], initial, reverse=False)
+    ends = scan.states_at_segments(late, inputs["q"], inputs["d"], d_final, reverse=True)
+    outputs = scan.outputs(inputs, late, initial)
+    between = {"checkpoints": scan.new(*scan.checkpoints(late), dtype=torch.float32), "EVERY": CHECKPOINT}
+    scan.run(dq_kernel, early, inputs, initial=starts, dq=outputs["dq"], d_log=outputs["d_log"], **between)
+    later = {name: x for name, x in outputs.items() if name != "dq"}
+    scan.run(dkv_kernel, late, inputs, d_final=ends, **later, **between)
+    return scan.gradients(inputs, **outputs)
+
+
+def _by_chunks(
+    scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
+) -> Gradients:
+    walk, launch = config.walk or config.forward, config.backward
+    if scan.slices(launch)[1] > 1:
+        raise ValueError("policy `split`: a program holds all of V")
+    ends = scan.states_at_segments(walk, inputs["q"], inputs["d"], d_final, reverse=True)
+    outputs = scan.outputs(inputs, replace(launch, block_k=padded(scan.shape[3])), initial)
+    in_walk = config.dv == "walk"
+    if in_walk:
+        outputs["dv"] = scan.partial(inputs["v"], scan.slices(walk)[0])
+    d_states = scan.kept(config)
+    roles = {"q": inputs["k"], "k": inputs["q"], "v": inputs["d"]}
+    made = {"o": outputs["dv"] if in_walk else None, "final": outputs["d_initial"], "saved": d_states}
+    scan.walk(walk, roles, initial=ends, **made, every=config.kept_every // walk.chunk, reverse=True)
+    every = config.kept_every // launch.chunk
+    counts = {"EVERY": every, "chunks": every * scan.slots(config.kept_every), "search_steps": scan.sequences.bit_length()}
+    others = {name: outputs[name] for name in ("dq", "dk", "d_log")} | {"dv": None if in_walk else outputs["dv"]}
+    scan.run(chunk_kernel, launch, inputs, starts=saved, ends=d_states, **others, **counts)
+    return scan.gradients(inputs, **outputs)
+
+
+_POLICIES = {"states": _by_reverse_walk, "recompute": _by_two_walks, "split": _by_chunks}
+_INTERPRETED = not isinstance(walk_kernel, triton.runtime.JITFunction)
+_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _wide(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.float().contiguous()
 
 
 def _summed(parts: Tensor, like: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0).to(like.dtype)
 
 
-_INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
-_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
+    """States kept for each head. `packed` sequences start at slots as triton_scalar_tiles.py says, with gaps."""
+    return batch * triton.cdiv(tokens, span) if packed is None else tokens // span + packed
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Walk:
-    """One launch's shapes: how heads, segments and slices make programs."""
+class _Scan:
+    """One call: its shapes, what λ is made from, and where packed sequences begin."""
 
-    launch: Launch
     shape: tuple[int, int, int, int]
     value_dim: int
     dtype: torch.dtype
+    source: DecaySource
     log2_scale: float
-    segments: int
-    length: int
+    cu: Tensor | None
 
     @classmethod
-    def of(cls, launch: Launch, q_bthk: Tensor, v_bthv: Tensor, scale: float) -> _Walk:
+    def of(cls, q_bthk: Tensor, v_bthv: Tensor, source: DecaySource, scale: float, cu_seqlens: Tensor | None) -> _Scan:
         if not scale > 0:
             raise ValueError(f"scale={scale}: it must be positive, since its logarithm is added to those of the decays")
-        batch, tokens, heads, _ = q_bthk.shape
-        segments, length = _segments(batch * heads, tokens)
-        shape = tuple(q_bthk.shape)
-        dims = {"shape": shape, "value_dim": v_bthv.shape[-1], "segments": segments, "length": length}
-        return cls(launch=launch, dtype=q_bthk.dtype, log2_scale=math.log2(scale), **dims)
+        dims = {"shape": tuple(q_bthk.shape), "value_dim": v_bthv.shape[-1], "dtype": q_bthk.dtype}
+        return cls(**dims, source=source, log2_scale=math.log2(scale), cu=cu_seqlens)
 
     @property
-    def block_k(self) -> int:
-        return min(self.launch.block_k, _padded(self.shape[3]))
+    def sequences(self) -> int:
+        return self.shape[0] if self.cu is None else self.cu.shape[0] - 1
 
-    @property
-    def block_v(self) -> int:
-        return min(self.launch.block_v, _padded(self.value_dim))
+    def slots(self, span: int) -> int:
+        return _slots(*self.shape[:2], None if self.cu is None else self.sequences, span)
 
-    @property
-    def slices_k(self) -> int:
-        return triton.cdiv(self.shape[3], self.block_k)
+    def checkpoints(self, launch: Launch) -> tuple[int, ...]:
+        """The shape of the states that `recompute` keeps between its walks: those at the spans' ends among them."""
+        _, tokens, heads, key_dim = self.shape
+        span = launch.chunk * CHECKPOINT
+        segments, length = self.segments(launch)
+        stored = self.sequences * segments * (triton.cdiv(length, span) + 1)
+        return (stored if self.cu is None else tokens // span + 2 * self.sequences, heads, key_dim, self.value_dim)
 
-    @property
-    def slices_v(self) -> int:
-        return triton.cdiv(self.value_dim, self.block_v)
+    def blocks(self, launch: Launch) -> tuple[int, int]:
+        return min(launch.block_k, padded(self.shape[3])), min(launch.block_v, padded(self.value_dim))
 
-    def run(self, kernel: Any, inputs: dict[str, Tensor], log_decay: Tensor, **others: Any) -> None:
-        """Strides travel in units of 16 bytes where all allow it, so that the compiler knows that rows are aligned."""
-        batch, tokens, heads, key_dim = self.shape
-        unit = 16 // self.dtype.itemsize
-        align = unit if all(stride % unit == 0 for x in inputs.values() for stride in x.stride()[:3]) else 1
-        strides = {f"{name}_{axis}": x.stride(i) // align for name, x in inputs.items() for i, axis in enumerate("bth")}
-        strides |= {f"g_{axis}": log_decay.stride(i) for i, axis in enumerate("bth")}
-        counts = {"tokens": tokens, "batches": batch, "heads": heads, "segments": self.segments, "length": self.length}
-        single = self.dtype == torch.float32
-        product = tl.float32 if single or (_INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
-        limit = {} if self.launch.registers is None else {"maxnreg": self.launch.registers}
-        with torch.cuda.device(log_decay.device) if log_decay.is_cuda else nullcontext():
-            kernel[(batch * self.segments * heads * self.slices_k * self.slices_v,)](
-                **inputs, g=log_decay, **others, log2_scale=self.log2_scale, **counts, **strides,
-                K=key_dim, V=self.value_dim, BLOCK_K=self.block_k, BLOCK_V=self.block_v, CHUNK=self.launch.chunk,
-                ALIGN=align, LP=product, PRECISION="tf32x3" if single else "tf32", SPLIT=single, STAGES=self.launch.stages,
-                num_warps=self.launch.warps, num_stages=self.launch.stages, **limit,
-            )  # fmt: skip
+    def slices(self, launch: Launch) -> tuple[int, int]:
+        block_k, block_v = self.blocks(launch)
+        return triton.cdiv(self.shape[3], block_k), triton.cdiv(self.value_dim, block_v)
+
+    def segments(self, launch: Launch) -> tuple[int, int]:
+        """How many segments a sequence is cut into, and the tokens of one; the last may be short."""
+        batch, tokens, heads, _ = self.shape
+        slices_k, slices_v = self.slices(launch)
+        programs = batch * heads * slices_k * slices_v
+        if self.cu is not None or 2 * programs >= launch.programs:
+            return 1, tokens
+        wanted = max(1, min(math.ceil(launch.programs / programs), tokens // SEGMENT_TOKENS))
+        length = SEGMENT_STEP * math.ceil(tokens / (SEGMENT_STEP * wanted))
+        return math.ceil(tokens / length), length
+
+    def new(self, *sizes: int, dtype: torch.dtype) -> Tensor:
+        return self.source.x.new_empty(sizes, dtype=dtype)
+
+    def states(self) -> Tensor:
+        return self.new(self.sequences, *self.shape[2:], self.value_dim, dtype=torch.float32)
+
+    def kept_shape(self, config: Config) -> tuple[int, ...]:
+        return (self.slots(config.kept_every), *self.shape[2:], self.value_dim)
+
+    def kept(self, config: Config) -> Tensor:
+        return self.new(*self.kept_shape(config), dtype=self.dtype)
 
     def partial(self, like: Tensor, slices: int) -> Tensor:
         """Room for an output in which `slices` programs have a share: in fp32 where there are several."""
-        dtype = like.dtype if slices == 1 else torch.float32
-        return like.new_empty(slices, *like.shape, dtype=dtype)
+        return like.new_empty(slices, *like.shape, dtype=like.dtype if slices == 1 else torch.float32)
+
+    def parameters(self) -> dict[str, Tensor | None]:
+        """The gain and the offset that the source's formula uses, in fp32."""
+        used = PARAMETERS[self.source.kind]
+        given = {"gain": self.source.gain, "offset": self.source.offset}
+        return {name: _wide(x) if name in used else None for name, x in given.items()}
+
+    def outputs(self, inputs: dict[str, Tensor], launch: Launch, initial: Tensor | None) -> dict[str, Tensor | None]:
+        """Room for what a backward pass leaves, a share for each slice of a state."""
+        slices_k, slices_v = self.slices(launch)
+        parts = {"dq": ("q", slices_v), "dk": ("k", slices_v), "dv": ("v", slices_k)}
+        room: dict[str, Tensor | None] = {name: self.partial(inputs[like], n) for name, (like, n) in parts.items()}
+        room["d_log"] = self.new(slices_k * slices_v, *self.shape[:3], dtype=torch.float32)
+        return {**room, "d_initial": None if initial is None else self.states()}
+
+    def gradients(
+        self, inputs: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tensor, d_log: Tensor, d_initial: Tensor | None
+    ) -> Gradients:
+        """What slices have written, summed; and from the gradient of log λ those of what made it."""
+        whole = {"q": _summed(dq, inputs["q"]), "k": _summed(dk, inputs["k"]), "v": _summed(dv, inputs["v"])}
+        return Gradients(**whole, **self.gate_gradients(d_log), initial_state=d_initial)
+
+    def gate_gradients(self, d_log: Tensor) -> dict[str, Tensor | None]:
+        """Those of x, gain and offset."""
+        x, (batch, tokens, heads, _) = self.source.x, self.shape
+        if self.source.kind == "log" and d_log.shape[0] == 1 and x.dtype == d_log.dtype:
+            return {"x": d_log[0], "gain": None, "offset": None}
+        rows, block_rows, block_heads = batch * tokens, 64, min(16, triton.next_power_of_2(heads))
+        grid = (triton.cdiv(rows, block_rows), triton.cdiv(heads, block_heads))
+        dx, parameters = x.new_empty(x.shape), self.parameters()
+        sums = {f"d_{name}": None if y is None else y.new_empty(grid[0], heads) for name, y in parameters.items()}
+        strides = dict(zip(("x_b", "x_t", "x_h"), x.stride(), strict=True))
+        with self.on_device:
+            gate_kernel[grid](
+                d_log, x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
+                tokens=tokens, heads=heads, **strides, ROWS=block_rows, HEADS=block_heads, KIND=KINDS[self.source.kind],
+            )  # fmt: skip
+        given = {"gain": self.source.gain, "offset": self.source.offset}
+        summed = {name: sums[f"d_{name}"] for name in given}
+        return {"x": dx, **{name: None if y is None else y.sum(dim=0).to(given[name].dtype) for name, y in summed.items()}}
+
+    @property
+    def on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.source.x.device) if self.source.x.is_cuda else nullcontext()
+
+    def walk(
+        self,
+        launch: Launch,
+        inputs: dict[str, Tensor],
+        *,
+        every: int = 1,
+        reverse: bool = False,
+        each: bool = False,
+        totals: Tensor | None = None,
+        **others: Tensor | None,
+    ) -> None:
+        """Runs walk_kernel. A walk without o reads no q."""
+        if others["o"] is None:
+            inputs = {"k": inputs["k"], "v": inputs["v"]}
+            others |= {"q": None, "q_b": 0, "q_t": 0, "q_h": 0}
+        constants = {"REVERSE": reverse, "EVERY": every, "EACH": each or self.cu is not None}
+        self.run(walk_kernel, launch, inputs, **others, totals=totals, **constants)
 
     def states_at_segments(
-        self, k: Tensor, v: Tensor, log_decay: Tensor, outside: Tensor | None, *, reverse: bool
+        self, launch: Launch, k: Tensor, v: Tensor, outside: Tensor | None, *, reverse: bool
     ) -> Tensor | None:
         """(B, segments, H, K, V): the state each segment starts from, or dS at its end; `outside` if there is one segment."""
-        if self.segments == 1:
+        segments = self.segments(launch)[0]
+        if segments == 1:
             return outside
         batch, _, heads, key_dim = self.shape
-        added = k.new_empty(batch, self.segments, heads, key_dim, self.value_dim, dtype=torch.float32)
-        totals = k.new_empty(batch, self.segments, heads, dtype=torch.float32)
-        self.run(_segment_kernel, {"k": k, "v": v}, log_decay, added=added, totals=totals, REVERSE=reverse)
+        added = self.new(batch, segments, heads, key_dim, self.value_dim, dtype=torch.float32)
+        totals = self.new(batch, segments, heads, dtype=torch.float32)
+        nothing = {"o": None, "initial": None, "saved": None}
+        self.walk(launch, {"k": k, "v": v}, final=added, totals=totals, **nothing, reverse=reverse, each=True)
         size, block = key_dim * self.value_dim, 1024
-        with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
-            _carry_kernel[(batch * heads, triton.cdiv(size, block))](
-                added, totals, outside, heads, self.segments, SIZE=size, BLOCK=block, REVERSE=reverse
+        with self.on_device:
+            carry_kernel[(batch * heads, triton.cdiv(size, block))](
+                added, totals, outside, heads, segments, SIZE=size, BLOCK=block, REVERSE=reverse
             )
         return added
 
+    def run(self, kernel: Any, launch: Launch, inputs: dict[str, Tensor], chunks: int | None = None, **others: Any) -> None:
+        """Runs a kernel for each head and span, or for each head and each of `chunks` chunks.
 
-def saved_like(q_bthk: Tensor, v_bthv: Tensor, config: Config) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the states that `forward` keeps for the backward pass; (0,) where it keeps none."""
-    if config.policy != "states":
-        return (0,), q_bthk.dtype
-    walk = _Walk.of(config.forward, q_bthk, v_bthv, 1.0)
-    batch, _, heads, key_dim = q_bthk.shape
-    chunks = triton.cdiv(walk.length, config.forward.chunk)
-    return (batch * walk.segments * heads, chunks, key_dim, walk.value_dim), q_bthk.dtype
+        Strides travel in units of 16 bytes where all allow it, so that the compiler knows that rows are aligned.
+        """
+        batch, tokens, heads, key_dim = self.shape
+        x = self.source.x
+        unit = 16 // self.dtype.itemsize
+        align = unit if all(stride % unit == 0 for tensor in inputs.values() for stride in tensor.stride()[:3]) else 1
+        strides = {f"{name}_{axis}": y.stride(i) // align for name, y in inputs.items() for i, axis in enumerate("bth")}
+        strides |= {f"x_{axis}": x.stride(i) for i, axis in enumerate("bth")}
+        segments, length = self.segments(launch)
+        (block_k, block_v), (slices_k, slices_v) = self.blocks(launch), self.slices(launch)
+        programs = self.sequences * segments * slices_k * slices_v if chunks is None else chunks
+        segments = segments if self.cu is None else self.sequences
+        single = self.dtype == torch.float32
+        product = tl.float32 if single or (_INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
+        limit = {} if launch.registers is None else {"maxnreg": launch.registers}
+        with self.on_device:
+            kernel[(programs * heads,)](
+                **inputs, x=x, **self.parameters(), cu=self.cu, **others, slope=float(self.source.slope),
+                log2_scale=self.log2_scale, tokens=tokens, batches=batch, heads=heads, segments=segments, length=length,
+                **strides, K=key_dim, V=self.value_dim, BLOCK_K=block_k, BLOCK_V=block_v, CHUNK=launch.chunk,
+                KIND=KINDS[self.source.kind], ALIGN=align, LP=product, PRECISION="tf32x3" if single else "tf32", SPLIT=single,
+                STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages, **limit,
+            )  # fmt: skip

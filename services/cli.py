@@ -197,6 +197,34 @@ def export(
 
 
 @app.command()
+def doctor(
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: this machine's GPU if any")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32 or fp64; default bf16 and fp32")] = None,
+    granularity: Annotated[str | None, typer.Option(help="scalar or vector; default both")] = None,
+    heads: Annotated[int, typer.Option(help="heads")] = 16,
+    head_dim: Annotated[int, typer.Option(help="width of a head's keys and values")] = 64,
+    key_dim: Annotated[int | None, typer.Option(help="width of keys where it differs", show_default=False)] = None,
+    value_dim: Annotated[int | None, typer.Option(help="width of values where it differs", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(help="sequences")] = 32,
+    seq_len: Annotated[int, typer.Option(help="tokens of a sequence")] = 2048,
+) -> None:
+    """Show which kernel this machine runs for a device, a dtype and a shape, and why. Computes nothing."""
+    from services.study.doctor import Question, answers, machine, title
+
+    question = Question(
+        device=device, dtype=dtype, granularity=granularity, batch=batch, seq_len=seq_len, heads=heads,
+        key_dim=head_dim if key_dim is None else key_dim, value_dim=head_dim if value_dim is None else value_dim,
+    )  # fmt: skip
+    found = answers(question)
+    for line in [*machine(), "", title(question)]:
+        typer.echo(line)
+    for answer in found:
+        typer.echo(f"  {answer.granularity} {answer.dtype}: {answer.kernel} ({answer.reason})")
+        if answer.configuration:
+            typer.echo(f"    configuration from {answer.origin}: {answer.configuration}")
+
+
+@app.command()
 def demo(storage: Annotated[str, typer.Option("--storage", help="where to keep the demo's files")] = "runs") -> None:
     """Train the four trials of tune_spaces/smoke.yaml on this machine and show what came out."""
     from services.schedule.driver import run_study

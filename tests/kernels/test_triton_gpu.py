@@ -109,33 +109,6 @@ def test_two_runs_give_equal_bits(vector):
 
 
 @needs_gpu
-@pytest.mark.parametrize("vector", [False, True])
-def test_expanded_and_transposed_inputs_give_the_bits_of_contiguous_ones(vector):
-    from kernels.decay_scan_triton import decay_scan_triton
-
-    q, k, v, g, _ = inputs(vector)
-    view = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert torch.equal(decay_scan_triton(*view, g)[0], decay_scan_triton(q, k, v, g)[0])
-    if not vector:
-        one = g[:1, :1].expand_as(g)
-        assert torch.equal(decay_scan_triton(q, k, v, one)[0], decay_scan_triton(q, k, v, one.contiguous())[0])
-
-
-@needs_gpu
-@pytest.mark.parametrize("vector", [False, True])
-def test_operators_keep_torchs_rules_and_compile_whole(vector):
-    from kernels.decay_scan_triton import decay_scan_triton
-
-    q, k, v, g, _ = inputs(vector)
-    operator = torch.ops.decay.decay_scan.default
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, g)]
-    torch.library.opcheck(operator, (*leaves, None, 1.0, True, True), test_utils=("test_schema", "test_faketensor"))
-    plain = decay_scan_triton(q, k, v, g)[0]
-    compiled = torch.compile(lambda *x: decay_scan_triton(*x)[0] * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, k, v, g), plain * 2)
-
-
-@needs_gpu
 def test_the_kernels_are_chosen_for_16_bit_tensors_they_can_serve_and_the_choice_is_explained():
     q, _k, v, g, _ = inputs(False)
     assert kernel_seam.explain_decay_scan(q, v, g).startswith("decay scan: triton (our Triton kernels serve scalar decay, K=64")
@@ -161,4 +134,3 @@ def test_fused_gate_and_norm_equals_its_definition():
         expected = [expected_y, *torch.autograd.grad(expected_y, wide, dy.double())]
         for a, b in zip(found, expected, strict=True):
             assert (a.double() - b).norm() <= 3e-3 * b.norm()
-

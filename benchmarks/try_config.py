@@ -1,0 +1,187 @@
+"""What one configuration of the Triton decay scans is worth: whether it is right, then how long it takes.
+
+What is unusual: a configuration can crash, and an illegal memory access ends a process's use of its GPU. So this is a process
+that is asked job by job and may die of one; who asks (tune_kernels.py) starts another.
+Source: the limits are those of tests/kernels/test_triton_gpu.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
+
+LIMITS = {"dx": 1e-2, "dgain": 1e-2, "doffset": 1e-2}  # relative norms for bf16 inputs; all others:
+LIMIT = 6e-3
+CHECKED = (2, 333, 16)  # B, T, H: several chunks and a last one that is cut; kernels are compiled as for the timed shape
+FORMULAS = ("mild", "wild", "softplus")
+WARM, REPEATS = 3, 20
+CACHE_BYTES = 256 << 20  # more than a GPU's L2 holds: it is overwritten before each timed run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A configuration as JSON, to be checked or timed over (B, T, H)."""
+
+    granularity: str
+    key_dim: int
+    value_dim: int
+    config: dict[str, Any]
+    timed: bool = False
+    shape: tuple[int, int, int] = CHECKED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What came out: `problem` says why the configuration cannot be taken, `fatal` that the process has to be another now."""
+
+    problem: str | None = None
+    fatal: bool = False
+    error: float = 0.0  # the largest, as a share of its limit
+    seconds: float = 0.0  # of compiling and checking
+    milliseconds: float = 0.0  # forward and backward
+    forward_ms: float = 0.0
+    peak_mib: float = 0.0
+
+
+def serve(connection: Any) -> None:
+    """Answers jobs with findings until the other end is closed."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        connection.send(tried(job))
+
+
+def tried(job: Job) -> Finding:
+    """Checks or times one configuration."""
+    from kernels.decay_scan_triton import architecture_of
+    from kernels.tuned import Row, on_trial
+
+    place = {"architecture": architecture_of(_device()), "granularity": job.granularity}
+    unknown = {"milliseconds": 0.0, "shape": [], "gpu": "", "versions": "", "date": ""}
+    on_trial(Row(**place, key_dim=job.key_dim, value_dim=job.value_dim, config=job.config, **unknown))  # type: ignore[arg-type]
+    try:
+        return timed(job) if job.timed else checked(job)
+    except Exception as error:  # whatever a kernel, its compiler or the driver does is a finding
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        return Finding(problem=text, fatal="OutOfResources" not in text)
+
+
+def checked(job: Job) -> Finding:
+    """Outputs and gradients against the definition in float64, and equal bits of two runs."""
+    started, worst = time.perf_counter(), 0.0
+    for formula in FORMULAS:
+        tensors, do = inputs(job, formula)
+        with torch.no_grad():
+            _scan(tensors, formula)  # another kernel, which saves nothing: compiled here, not while others wait for the GPU
+        found, again = (outcome(tensors, do, formula) for _ in range(2))
+        if not all(torch.equal(a, b) for a, b in zip(found.values(), again.values(), strict=True)):
+            return Finding(problem=f"{formula}: two runs differ")
+        for name, wanted in expected(job.granularity, job.key_dim, job.value_dim, formula).items():
+            share = _error(found[name], wanted, tensors[3], formula, name) / LIMITS.get(name, LIMIT)
+            worst = max(worst, share)
+            if not share <= 1:
+                return Finding(problem=f"{formula}: {name} is off by {share:.3g} times its limit", error=share)
+    return Finding(error=worst, seconds=time.perf_counter() - started)
+
+
+def timed(job: Job) -> Finding:
+    """Median milliseconds of the forward pass and of both, with a cold L2 cache, and the peak memory."""
+    tensors, do = inputs(job, "mild")
+    first, again = (outcome(tensors, do, "mild") for _ in range(2))
+    if not all(torch.equal(a, b) for a, b in zip(first.values(), again.values(), strict=True)):
+        return Finding(problem="two runs of the timed shape differ")
+    del first, again
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outcome(tensors, do, "mild")
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    both = _median(lambda: outcome(tensors, do, "mild"))
+    with torch.no_grad():
+        forward = _median(lambda: _scan(tensors, "mild"))
+    return Finding(milliseconds=both, forward_ms=forward, peak_mib=peak)
+
+
+def inputs(job: Job, formula: str) -> tuple[list[Tensor], Tensor]:
+    """([q, k, v, x, gain, offset], do): the same for every configuration."""
+    generator = torch.Generator(_device()).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=_device())
+
+    q, k, v, do = (normal(*job.shape, n).bfloat16() for n in (job.key_dim, job.key_dim, job.value_dim, job.value_dim))
+    width = (job.key_dim,) if job.granularity == "vector" else ()
+    x = normal(*job.shape, *width)
+    if formula == "softplus":  # rates up to 16, as Mamba2 starts
+        gain, offset = normal(job.shape[2], *width).abs() * 6, normal(job.shape[2], *width) - 3
+        return [q, k, v, x.bfloat16(), gain, offset], do
+    x = torch.nn.functional.logsigmoid(x + 3)
+    if formula == "wild":
+        x = torch.where(normal(*x.shape) < -1.3, -torch.inf, 60 * x)
+    # As activations are; one number per head is little and stays wide.
+    return [q, k, v, x.bfloat16() if job.granularity == "vector" else x], do
+
+
+def outcome(tensors: list[Tensor], do: Tensor, formula: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """o and every gradient by the Triton scan, or, in float64, by plain torch."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    o = _scan(leaves, formula)
+    names = ("dq", "dk", "dv", "dx", "dgain", "doffset")
+    return {"o": o.detach(), **dict(zip(names, torch.autograd.grad(o, leaves, do.to(o.dtype)), strict=False))}
+
+
+def _scan(tensors: list[Tensor], formula: str) -> Tensor:
+    from kernels.decay_scan_chunked import decay_scan_chunked
+    from kernels.decay_scan_triton import decay_scan_triton
+    from kernels.decay_source import DecaySource
+
+    q, k, v, x, *parameters = tensors
+    source = DecaySource(x=x)
+    if formula == "softplus":
+        source = DecaySource(x=x, kind="softplus", gain=parameters[0], offset=parameters[1])
+    scan = decay_scan_chunked if q.dtype == torch.float64 else decay_scan_triton
+    return scan(q, k, v, source)[0]
+
+
+@cache
+def expected(granularity: str, key_dim: int, value_dim: int, formula: str) -> dict[str, Tensor]:
+    """The definition's outcome in float64: once for all configurations of a class and its dims."""
+    job = Job(granularity=granularity, key_dim=key_dim, value_dim=value_dim, config={})
+    return outcome(*inputs(job, formula), formula, torch.float64)
+
+
+def _error(found: Tensor, wanted: Tensor, x: Tensor, formula: str, name: str) -> float:
+    """Relative norm of the difference; NaN where anything is. The gradient at λ = 0 is not looked at."""
+    found, wanted = found.double(), wanted.nan_to_num()
+    if name == "dx" and formula != "softplus":
+        found, wanted = found[x > -100], wanted[x > -100]
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _median(step: Any) -> float:
+    cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=_device())
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    for _ in range(WARM):
+        step()
+    for start, end in events:
+        cache.zero_()
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
