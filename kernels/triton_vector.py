@@ -62,8 +62,9 @@ class VectorConfig:
 
     chunk: tokens between two kept states and in a step of every kernel, a power of two from 16 to 128.
     policy: "save" keeps the forward pass's states for the backward pass, "recompute" makes them again.
-    walk_…: of the walks; warps, stages, most registers per thread, and the widest piece of a state (key_block, value_block) in
-    one program. A walk along pieces of K gives states only, and the rows are made by a kernel of their own, with rows_….
+    walk_…: of the walks; warps, stages, most registers per thread, and the widest tile of a state (key_block, value_block) and
+    how many of them along K (1 or 2) in one program. A walk along pieces of K gives states only, and the rows are made by a
+    kernel of their own, with rows_….
     gradient_…: of the gradients; there V is gone through in pieces.
     """
 
@@ -74,6 +75,7 @@ class VectorConfig:
     walk_registers: int | None = None
     walk_key_block: int = 64
     walk_value_block: int = 64
+    walk_tiles: int = 1
     rows_warps: int = 4
     rows_registers: int | None = None
     rows_value_block: int = 64
@@ -93,16 +95,20 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[VectorC
     """What benchmarks/tune_kernels.py tries: configurations that compile with few spills for Hopper, the likeliest first."""
     if dtype != torch.bfloat16:
         return [VectorConfig(chunk=chunk, walk_stages=stages) for chunk in (32, 16) for stages in (2, 1)]
+    wide = [VectorConfig(walk_value_block=128, rows_value_block=128, walk_stages=2)] if value_dim > 64 else []
     if key_dim <= 64:
         narrow = [VectorConfig(walk_stages=stages) for stages in (3, 2)]
-        return [*narrow, VectorConfig(walk_registers=168), VectorConfig(gradient_registers=208), VectorConfig(chunk=32)]
-    whole = {"walk_key_block": 128} if key_dim <= 128 else {}
+        return [*narrow, VectorConfig(walk_registers=168), VectorConfig(gradient_registers=208), VectorConfig(chunk=32), *wide]
     pieces = [VectorConfig(), VectorConfig(chunk=32), VectorConfig(walk_registers=168)]
-    if not whole:
-        return pieces
+    if key_dim > 128:
+        return [*wide, *pieces, VectorConfig(walk_stages=2)]
+    whole = {"walk_key_block": 128}
     return [
+        VectorConfig(walk_tiles=2, walk_stages=2),
+        *wide,
         VectorConfig(walk_warps=8, walk_stages=2, **whole),
-        *(VectorConfig(chunk=32, walk_warps=8, walk_stages=stages, **whole) for stages in (2, 3)),
+        VectorConfig(chunk=32, walk_tiles=2, walk_stages=2),
+        VectorConfig(chunk=32, walk_warps=8, walk_stages=2, **whole),
         VectorConfig(chunk=32, walk_warps=8, walk_stages=2, gradient_key_block=128, gradient_warps=8, **whole),
         VectorConfig(chunk=32, walk_stages=2, **whole),
         *pieces,
@@ -233,9 +239,11 @@ class _Walk:
         self.call, self.y, self.scale, self.exact, self.reverse = call, y, float(scale), exact, reverse
         self.read, self.written = (call.k, call.q) if reverse else (call.q, call.k)
         self.pieces = triton.cdiv(call.value_dim, call.walk_v), triton.cdiv(call.key_dim, call.walk_k)
-        self.spans = call.sequences.spans(call.heads * self.pieces[0] * self.pieces[1], call.config.chunk)
+        self.tiles = min(call.config.walk_tiles, self.pieces[1])
+        programs = self.pieces[0] * triton.cdiv(self.pieces[1], self.tiles)
+        self.spans = call.sequences.spans(call.heads * programs, call.config.chunk)
         self.flags = call.new(self.pieces[1], call.chunks, call.heads, dtype=torch.int8)
-        self.makes_rows = self.pieces[1] == 1 and not exact
+        self.makes_rows = self.pieces[1] == self.tiles and not exact
 
     def run(self, out: Tensor | None, outside: Tensor | None, want_last: bool) -> tuple[Tensor, Tensor | None]:
         """Fills `out`, where it is one walk that makes it; returns the states kept at all chunks and, if wanted, the last."""
@@ -258,13 +266,14 @@ class _Walk:
         self, out: Tensor | None, first: Tensor | None, last: Tensor | None, totals: Tensor | None, states: Tensor | None
     ) -> None:
         call, config, spans = self.call, self.call.config, self.spans
-        walk_kernel[(spans.count * call.heads, *self.pieces)](
+        tiles = self.tiles if out is not None else 1
+        walk_kernel[(spans.count * call.heads, self.pieces[0], triton.cdiv(self.pieces[1], tiles))](
             r=self.read, w=self.written, y=self.y, out=out, first_state=first, last_state=last, totals=totals, states=states,
             flags=None if states is None else self.flags, spans=spans.table, scale=self.scale, T=call.tokens, H=call.heads,
             segments=spans.segments, length=spans.length, chunks=call.chunks,
             **call.source, **_strides("r", self.read), **_strides("w", self.written), **_strides("y", self.y),
-            REVERSE=self.reverse, MIDDLE=not self.exact, RANGE=call.range, FINE=call.fine, BK=call.walk_k, BV=call.walk_v,
-            STAGES=config.walk_stages, **call.sizes,
+            REVERSE=self.reverse, MIDDLE=not self.exact, RANGE=call.range, FINE=call.fine, TILES=tiles, BK=call.walk_k,
+            BV=call.walk_v, STAGES=config.walk_stages, **call.sizes,
             num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers),
         )  # fmt: skip
 
@@ -273,14 +282,18 @@ class _Walk:
         call, config = self.call, self.call.config
         again = (True,) if self.makes_rows else _launches(self.exact)
         for flagged in again:
-            group, warps = (GROUP, 4) if flagged else (1, config.rows_warps)
-            rows_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.value_dim, call.rows_v))](
+            steep = flagged or self.exact
+            group = GROUP if flagged else 1
+            block_v, warps, registers = (call.rows_v, config.rows_warps, config.rows_registers)
+            if steep:
+                block_v, warps, registers = NARROWEST, 4, None
+            rows_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.value_dim, block_v))](
                 q=call.q, k=call.k, y=self.y, out=out, states=states, flags=None if self.exact else self.flags,
                 table=call.table, scale=self.scale, T=call.tokens, H=call.heads, chunks=call.chunks,
                 **call.source, **_strides("q", call.q), **_strides("k", call.k), **_strides("y", self.y),
-                AGAIN=flagged, EXACT=flagged or self.exact, REVERSE=self.reverse, PIECES=1 if self.exact else self.pieces[1],
-                PIECE=call.walk_k, GROUP=group, BK=min(NARROWEST, call.whole_k), BV=call.rows_v, LOGC=call.log_chunk,
-                **call.sizes, num_warps=warps, num_stages=1, **_registers(None if flagged else config.rows_registers),
+                AGAIN=flagged, EXACT=steep, REVERSE=self.reverse, PIECES=1 if self.exact else self.pieces[1],
+                PIECE=call.walk_k, GROUP=group, BK=NARROWEST, BV=block_v, LOGC=call.log_chunk, **call.sizes,
+                num_warps=warps, num_stages=1, **_registers(registers),
             )  # fmt: skip
 
 
@@ -299,15 +312,20 @@ def _gradients(
         for name in used:
             rows[name].zero_()
     for again in _launches(exact):
-        group, warps = (GROUP, 4) if again else (1, config.gradient_warps)
-        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.key_dim, call.gradient_k))](
+        steep = again or exact
+        group = GROUP if again else 1
+        block_k, block_v, warps = call.gradient_k, call.gradient_v, config.gradient_warps
+        registers = config.gradient_registers
+        if steep:
+            block_k, block_v, warps, registers = NARROWEST, NARROWEST, 4, None
+        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.key_dim, block_k))](
             q=q, k=k, v=v, do=do, dq=dq, dk=dk, dx=dx, dgain=rows["gain"], doffset=rows["offset"], states=states,
             dstates=dstates, flags=None if exact else flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
             chunks=call.chunks,
             **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
-            AGAIN=again, EXACT=exact or again, PIECES=1 if exact else flags.shape[0], PIECE=call.walk_k, GROUP=group,
-            BK=call.gradient_k, BV=call.gradient_v, LOGC=call.log_chunk, **call.sizes,
-            num_warps=warps, num_stages=1, **_registers(None if again else config.gradient_registers),
+            AGAIN=again, EXACT=steep, PIECES=1 if exact else flags.shape[0], PIECE=call.walk_k, GROUP=group,
+            BK=block_k, BV=block_v, LOGC=call.log_chunk, **call.sizes,
+            num_warps=warps, num_stages=1, **_registers(registers),
         )  # fmt: skip
     summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
     return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=d_initial)

@@ -157,7 +157,7 @@ def _exact_gradients(
     dq_state = tl.zeros([C, BK], tl.float32)
     dk_state = tl.zeros([C, BK], tl.float32)
     across = tl.zeros([BK], tl.float32)
-    for first_value in tl.static_range(0, V, BV):
+    for first_value in range(0, V, BV):
         tile_v = load_tile(v, v_t, first_value, left, C, V, BV).to(LP)
         tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
         state = load_state(states, flags, flags_piece, log2, first_value, first_key, True, PIECES, PIECE, K, V, BK, BV)

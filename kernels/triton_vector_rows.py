@@ -42,7 +42,7 @@ def _pair_weights(
     j = tl.arange(0, C)[None, :]
     causal = i <= j if REVERSE else i >= j
     a = tl.where(i == j, tl.sum(q.to(LP).to(tl.float32) * k.to(LP).to(tl.float32), 1)[:, None], 0.0)
-    for level in tl.static_range(0, LOGC):
+    for level in range(0, LOGC):
         late, weights, pairs = merging(level, C)
         x = (tl.where(late, q, k) * tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))).to(LP)
         a += tl.where(causal & pairs, tl.dot(x, tl.trans(x), input_precision=IP), 0.0)
@@ -59,7 +59,7 @@ def _rows_of_chunk(
     """One chunk's o from v and the state before it, or its dv from do and the state gradient after it."""
     a = tl.zeros([C, C], tl.float32)
     rows = tl.zeros([C, BV], tl.float32)
-    for first_key in tl.static_range(0, K, BK):
+    for first_key in range(0, K, BK):
         tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
         tile_gain = load_row(gain, first_key, 1.0, K, BK)
         tile_offset = load_row(offset, first_key, 0.0, K, BK)

@@ -5,8 +5,9 @@ import json
 import pytest
 from vector_cases import Call, distance, run_as_script, tolerance
 
+TILES = {"walk_tiles": 2}
 CASES = {
-    "mild decay": {"tokens": 130, "heads": 2},
+    "mild decay": {"tokens": 100, "heads": 2},
     "median λ of 0.3": {"gate": "fast"},
     "λ from 0 to 1, mixed": {"gate": "mixed", "tokens": 100},
     "whole channels below e^-60": {"gate": "channels", "tokens": 100},
@@ -26,6 +27,9 @@ CASES = {
     "multiples of 8": {"gate": "mixed", "k": 40, "v": 24},
     "one piece of 128 channels": {"k": 128, "v": 128, "config": {"gradient_key_block": 128}},
     "one piece of 128 channels, exact": {"gate": "channels", "k": 128, "v": 72, "config": {"gradient_key_block": 128}},
+    "two tiles in a walk": {"k": 128, "v": 72, "tokens": 130, "config": TILES},
+    "two tiles in a walk, one steep": {"gate": "one steep channel", "k": 128, "v": 72, "config": TILES},
+    "two tiles in a walk, channels": {"gate": "channels", "k": 72, "v": 32, "tokens": 130, "config": TILES},
     "wide pieces": {
         "k": 128,
         "v": 128,
@@ -39,7 +43,6 @@ CASES = {
     },
     "fused forward pass, all values in one piece": {"gate": "channels", "v": 128, "config": {"walk_value_block": 128}},
     "chunks of 32": {"gate": "mixed", "config": {"chunk": 32}},
-    "forward chunks of 32": {"gate": "mixed", "tokens": 200, "config": {"chunk": 32}},
     "blocks of 16": {"gate": "fast", "config": {"chunk": 16}},
     "states made again": {"gate": "mixed", "tokens": 130, "config": {"policy": "recompute"}},
     "forward pass split": {"gate": "channels", "tokens": 130, "k": 128, "config": {"walk_key_block": 64}},

@@ -14,7 +14,7 @@ CASES = {
     "softplus of x alone": {**SOFTPLUS, "gain": False, "offset": False},
     "softplus far below e^-60": {**SOFTPLUS, "gate": "wild", "tokens": 100},
     "softplus, multiples of 8": {**SOFTPLUS, "gate": "wild", "k": 40, "v": 24},
-    "softplus, wide": {**SOFTPLUS, "k": 128, "v": 72, "heads": 2},
+    "softplus, wide": {**SOFTPLUS, "k": 128, "v": 72, "tokens": 40},
     "softplus, blocks of 16": {**SOFTPLUS, "config": {"chunk": 16}},
     "floor": {**FLOOR, "heads": 2},
     "floor, wild": {**FLOOR, "gate": "wild"},
@@ -25,6 +25,8 @@ CASES = {
     "shared key, softplus": {**SOFTPLUS, "shared": True, "slope": -1.0},
     "shared key, floor": {**FLOOR, "shared": True},
     "shared key, wide": {**FLOOR, "shared": True, "k": 128, "v": 128},
+    "shared key, two tiles in a walk": {**FLOOR, "shared": True, "k": 128, "v": 128, "config": {"walk_tiles": 2}},
+    "softplus, two tiles in a walk": {**SOFTPLUS, "gate": "wild", "k": 72, "config": {"walk_tiles": 2}},
     "shared key, one piece of 128 channels": {**FLOOR, "shared": True, "k": 128, "config": {"gradient_key_block": 128}},
     "shared key, forward pass split": {**FLOOR, "shared": True, "config": {"walk_key_block": 64, "policy": "recompute"}},
 }

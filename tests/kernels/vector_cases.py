@@ -42,11 +42,13 @@ class Call:
     """Tensors for one case, the kernels' results from them, and the definition's. Imports torch and triton late."""
 
     def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
+        from dataclasses import replace
+
         import torch
 
         from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
         from kernels import triton_vector_spans as spans
-        from kernels.triton_vector import VectorConfig, default_config
+        from kernels.triton_vector import default_config
 
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)  # what torch.empty gives is filled with NaN
@@ -69,8 +71,8 @@ class Call:
         self.cu_seqlens = None
         if lengths is not None:
             self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        fields = self.case["config"]
-        self.config = VectorConfig(**fields) if fields else default_config(k, v, dtype)
+        # bf16's own, also where wider tensors tell more: 64 tokens to a chunk
+        self.config = replace(default_config(k, v, torch.bfloat16), **self.case["config"])
         self.scale = k**-0.5
 
     def normal(self, *sizes: int) -> Any:
@@ -110,6 +112,7 @@ class Call:
             "fast": F.logsigmoid(2 * normal - 1),
             "mixed": levels[(len(levels) * uniform).long()],
             "channels": torch.where(torch.arange(shape[-1]) % 4 == 0, -120 * uniform, mild),
+            "one steep channel": torch.where(torch.arange(shape[-1]) == 5, -120 * uniform, mild),
             "zero": torch.full(shape, -torch.inf),
             "one": torch.zeros(shape),
             "alternating": torch.where(torch.arange(shape[1])[:, None, None] % 2 == 0, -torch.inf, torch.zeros(shape)),
