@@ -42,7 +42,7 @@ def _pair_weights(
     j = tl.arange(0, C)[None, :]
     causal = i <= j if REVERSE else i >= j
     a = tl.where(i == j, tl.sum(q.to(LP).to(tl.float32) * k.to(LP).to(tl.float32), 1)[:, None], 0.0)
-    for level in tl.static_range(0, LOGC):
+    for level in range(0, LOGC):
         late, weights, pairs = merging(level, C)
         x = (tl.where(late, q, k) * tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))).to(LP)
         a += tl.where(causal & pairs, tl.dot(x, tl.trans(x), input_precision=IP), 0.0)
