@@ -50,8 +50,6 @@ from kernels.triton_scalar_walk import carry_kernel, walk_kernel
 CHECKPOINT = 8
 SEGMENT_TOKENS = 512  # fewest in a segment
 PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has per head
-
-
 __all__ = ["Config", "Launch", "backward", "candidates", "default_config", "forward", "saved_like"]
 
 
