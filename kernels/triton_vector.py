@@ -31,9 +31,8 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ from kernels.triton_vector_spans import Sequences, Spans
 GROUP = 16  # chunks that one program of a launch for flagged chunks looks at
 NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has
+MOST_REGISTERS = 255  # ptxas, not told, takes 32 for some kernels that want more than there are
 CARRIED = 256  # numbers of a state that one program carries along the segments
 
 
@@ -62,6 +62,7 @@ class VectorConfig:
     policy: "save" keeps the forward pass's states for the backward pass, "recompute" makes them again.
     forward: "fused" is one walk along the chunks, "split" a walk that makes states and a kernel that takes all chunks at
     once.
+    programs: where a walk has fewer, sequences are cut into segments.
     warps, stages, registers (most per thread), value_block (widest piece of V in one program): of the fused forward pass.
     walk_…: of the walks that make states. output_…: of the kernel that makes o from states. gradient_…: of the gradients, where
     a program goes through V in pieces and each piece of K is a launch of its own, that adds to dv.
@@ -71,6 +72,7 @@ class VectorConfig:
     block: int = 64
     policy: str = "save"
     forward: str = "fused"
+    programs: int = 256
     forward_chunk: int = 64
     warps: int = 4
     stages: int = 2
@@ -91,11 +93,71 @@ class VectorConfig:
 
 
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
+    """What is right for these dims; the fastest is for a measurement to tell."""
+    if dtype != torch.bfloat16:
+        # tf32 products take twice the registers
+        if key_dim <= 64:
+            return VectorConfig(chunk=32, forward_chunk=16)
+        return VectorConfig(chunk=32, forward_chunk=16, warps=8, stages=1, forward="fused" if key_dim <= 128 else "split")
+    return candidates(key_dim, value_dim, dtype)[0]
+
+
+def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[VectorConfig]:
+    """What may be the fastest with 16-bit tensors, the default first: few of these kernels spill registers."""
     if key_dim <= 64:
-        return VectorConfig(forward_chunk=32, stages=3)
+        return _candidates_for_a_narrow_key(value_dim)
     if key_dim <= 128:
-        return VectorConfig(forward_chunk=32, warps=8)
-    return VectorConfig(forward="split")
+        return _candidates_for_a_wide_key(value_dim)
+    base = VectorConfig(forward="split", **_wide_pieces(value_dim, "walk", "output"))
+    small = replace(base, chunk=32, walk_stages=3)
+    return [
+        base,
+        replace(base, walk_stages=3),
+        replace(base, forward="fused", forward_chunk=16, warps=8, stages=1),
+        small,
+        replace(small, gradient_registers=168),
+        replace(small, gradient_key_block=128, gradient_warps=8),
+    ]
+
+
+def _candidates_for_a_narrow_key(value_dim: int) -> list[VectorConfig]:
+    base = VectorConfig(forward_chunk=32, stages=3, **_wide_pieces(value_dim, "walk", "output"))
+    small = replace(base, chunk=32, walk_stages=3)
+    return [
+        base,
+        replace(base, stages=2),
+        replace(base, stages=2, registers=168),
+        replace(base, stages=2, registers=128),
+        replace(base, forward_chunk=16),
+        replace(base, walk_stages=3),
+        replace(base, forward="split"),
+        small,
+        replace(small, stages=2, registers=168, gradient_registers=168),
+    ]
+
+
+def _candidates_for_a_wide_key(value_dim: int) -> list[VectorConfig]:
+    base = VectorConfig(forward_chunk=32, warps=8, **_wide_pieces(value_dim, "walk", "output", "gradient"))
+    whole = replace(base, value_block=128, programs=128)
+    small = replace(base, chunk=32, registers=128, walk_stages=3, gradient_value_block=64)
+    found = [
+        base,
+        replace(base, registers=128),
+        replace(base, warps=4),
+        replace(base, warps=4, forward_chunk=16),
+        replace(base, forward="split"),
+        small,
+        replace(small, gradient_registers=168),
+        replace(small, gradient_key_block=128, gradient_warps=8),
+    ]
+    if value_dim > 64:
+        found[3:3] = [whole, replace(whole, registers=128, programs=256)]
+    return found
+
+
+def _wide_pieces(value_dim: int, *kernels: str) -> dict[str, Any]:
+    """V in pieces of 128 for these kernels, where it is wider than 64."""
+    return {f"{kernel}_value_block": 128 for kernel in kernels} if value_dim > 64 else {}
 
 
 def forward(
@@ -227,7 +289,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The states before all chunks from (k, v), or the gradients after them from (q, do); and the last, if wanted."""
         pieces_v, pieces_k = self.walk_pieces
-        spans = self.sequences.spans(self.heads * pieces_v * pieces_k, self.config.chunk)
+        spans = self.sequences.spans(self.heads * pieces_v * pieces_k, self.config.chunk, self.config.programs)
         states = self.new_states()
         first, last = self.span_starts(spans, a, y, scale, outside, want_last, reverse=reverse)
         self.walk(spans, a, y, scale, first, None if spans.cut else last, states, flags, None, reverse=reverse)
@@ -272,14 +334,16 @@ class _Call:
         chunk = config.chunk if chunk is None else chunk
         every = config.chunk // chunk
         for again in (True,) if states is None else _launches(exact):
-            group, warps = (GROUP, 4) if again else (1, config.output_warps)
-            outputs_kernel[(triton.cdiv(self.chunks * every, group) * self.heads, triton.cdiv(self.value_dim, self.output_v))](
+            steep = exact or again
+            sizes = (NARROWEST, 4, MOST_REGISTERS) if steep else (self.output_v, config.output_warps, config.output_registers)
+            block_v, warps, registers = sizes
+            group = GROUP if again else 1
+            outputs_kernel[(triton.cdiv(self.chunks * every, group) * self.heads, triton.cdiv(self.value_dim, block_v))](
                 q=self.q, k=self.k, v=self.v, o=o, states=states, flags=flags, table=self.table, scale=float(scale),
                 T=self.tokens, H=self.heads, chunks=self.chunks * every,
                 **self.source, **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v),
-                AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, EVERY=every,
-                BK=NARROWEST, BV=self.output_v, **self.cut(chunk, exact=exact or again), **self.sizes,
-                num_warps=warps, num_stages=1, **_registers(None if again else config.output_registers),
+                AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, EVERY=every, BK=NARROWEST, BV=block_v,
+                **self.cut(chunk, exact=steep), **self.sizes, num_warps=warps, num_stages=1, **_registers(registers),
             )  # fmt: skip
 
 
@@ -291,7 +355,7 @@ def _fused(
     chunk = min(config.chunk, config.forward_chunk)
     every = config.chunk // chunk
     pieces = triton.cdiv(call.value_dim, call.forward_v)
-    spans = call.sequences.spans(call.heads * pieces, config.chunk)
+    spans = call.sequences.spans(call.heads * pieces, config.chunk, config.programs)
     flags = call.new_flags(1, every)
     first, final = call.span_starts(spans, call.k, call.v, 1.0, initial, want_state, reverse=False)
     forward_kernel[(spans.count * call.heads, pieces)](
@@ -319,17 +383,22 @@ def _gradients(
     if call.table is not None:
         for name in used:
             rows[name].zero_()
-    for again, first_key in product(_launches(exact), range(0, call.key_dim, call.gradient_k)):
-        group, warps = (GROUP, 4) if again else (1, config.gradient_warps)
-        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads,)](
-            q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, dx=dx, dgain=rows["gain"], doffset=rows["offset"],
-            states=states, dstates=dstates, flags=flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
-            chunks=call.chunks, first_key=first_key,
-            **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
-            AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, BK=call.gradient_k, BV=call.gradient_v,
-            **call.cut(config.chunk, exact=exact or again), **call.sizes,
-            num_warps=warps, num_stages=1, **_registers(None if again else config.gradient_registers),
-        )  # fmt: skip
+    for again in _launches(exact):
+        steep = exact or again
+        sizes = (NARROWEST, NARROWEST, 4, MOST_REGISTERS)
+        if not steep:
+            sizes = (call.gradient_k, call.gradient_v, config.gradient_warps, config.gradient_registers)
+        block_k, block_v, warps, registers = sizes
+        group = GROUP if again else 1
+        for first_key in range(0, call.key_dim, block_k):
+            gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads,)](
+                q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, dx=dx, dgain=rows["gain"], doffset=rows["offset"],
+                states=states, dstates=dstates, flags=flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
+                chunks=call.chunks, first_key=first_key,
+                **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
+                AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, BK=block_k, BV=block_v,
+                **call.cut(config.chunk, exact=steep), **call.sizes, num_warps=warps, num_stages=1, **_registers(registers),
+            )  # fmt: skip
     summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
     return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=None)
 

@@ -184,7 +184,7 @@ def _gradients_of_chunk(
     dq_state = tl.zeros([C, BK], tl.float32)
     dk_state = tl.zeros([C, BK], tl.float32)
     across = tl.zeros([BK], tl.float32)
-    for first_value in tl.static_range(0, V, BV):
+    for first_value in range(0, V, BV):
         tile_v = load_tile(v, v_t, first_value, left, C, V, BV).to(LP)
         tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
         values, keys, inside = state_offsets(first_value, first_key, V, K, BV, BK)
@@ -241,7 +241,7 @@ def _gradients_of_chunk(
         d_log, tile_dk, x, gain, offset, dx, dgain, doffset, slope, left, first_key, x_t, dk_t, k is None, KIND, C, K, BK
     )
     a = a.to(LP)
-    for first_value in tl.static_range(0, V, BV):
+    for first_value in range(0, V, BV):
         tile_do = load_tile(do, do_t, first_value, left, C, V, BV).to(LP)
         values, keys, inside = state_offsets(first_value, first_key, V, K, BV, BK)
         dstate = tl.load(dstates + values * K + keys, mask=inside, other=0.0)

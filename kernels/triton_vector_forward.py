@@ -42,7 +42,7 @@ def _pair_weights(
     keys = (k * tl.exp2(-d)).to(LP)
     a = tl.dot(queries, tl.trans(keys), input_precision=IP)
     a = tl.where(up_to(C) & same_block(C, BASE), a, 0.0)
-    for level in tl.static_range(BASE, LOGC):
+    for level in range(BASE, LOGC):
         late, weights, pairs = merging(level, C)
         x = (tl.where(late, q, k) * tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))).to(LP)
         a += tl.where(up_to(C) & pairs, tl.dot(x, tl.trans(x), input_precision=IP), 0.0)
@@ -250,7 +250,7 @@ def _outputs_of_chunk(
     out = tl.zeros([C, BV], tl.float32)
     if states is None:
         out += load_tile(o, o_t, first_value, left, C, V, BV).to(tl.float32)
-    for first_key in tl.static_range(0, K, BK):
+    for first_key in range(0, K, BK):
         tile_x = load_tile(x, x_t, first_key, left, C, K, BK)
         tile_gain = load_row(gain, first_key, 1.0, K, BK)
         tile_offset = load_row(offset, first_key, 0.0, K, BK)

@@ -61,6 +61,10 @@ def test_kernels_equal_the_definition_in_value_and_gradient(reports, case):
         assert error <= tolerance(CASES[case], result), result
 
 
+def test_candidates_differ_and_start_with_the_default(reports):
+    assert all(6 <= count <= 10 for count in reports["candidates"]) and len(reports["candidates"]) == 9
+
+
 def test_no_state_is_made_where_none_is_asked_for(reports):
     assert reports["stateless"] == [True, True]
 
@@ -79,10 +83,19 @@ def test_a_sequence_cut_in_two_gives_the_same(reports):
 
 def main():
     from dataclasses import replace
+    from itertools import product
 
     import torch
 
+    from kernels.triton_vector import candidates, default_config
+
     reports = {name: Call(case).errors() for name, case in CASES.items()}
+
+    reports["candidates"] = []
+    for k, v in product((64, 128, 256), repeat=2):
+        configs = candidates(k, v, torch.bfloat16)
+        assert configs[0] == default_config(k, v, torch.bfloat16)
+        reports["candidates"].append(len(set(configs)))
 
     call = Call({"gate": "mixed", "tokens": 40, "heads": 2, "k": 16})
     reports["stateless"] = [x is None for x in call.forward(want_state=False, want_saved=False)[1:]]
