@@ -175,7 +175,7 @@ def row_of(best: Tried) -> Any:
     from kernels.tuned import Row
 
     job = best.job
-    versions = f"torch {torch.__version__}, triton {triton.__version__}; ptxas: {kernel_seam.explain_toolchain()}"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}; ptxas: {kernel_seam.explain_toolchain().split(',')[0]}"
     return Row(
         architecture=architecture_of(torch.device("cuda")), granularity=job.granularity, key_dim=job.key_dim,
         value_dim=job.value_dim, config=job.config, milliseconds=round(best.finding.milliseconds, 4),

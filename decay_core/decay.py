@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from decay_core.kernel_seam import DecaySource
 from decay_core.objection import Objection
 
 if TYPE_CHECKING:
@@ -82,14 +83,18 @@ class Decay(DecayMechanism):
         """
         return None
 
-    def forward(self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Returns (log λ, shared key or None), in fp32 or wider.
+    def forward(
+        self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None, fused: bool = False
+    ) -> tuple[Tensor | DecaySource | None, Tensor | None]:
+        """Returns (log λ, shared key or None), in fp32 or wider; or, `fused`, what `source` returns in the place of log λ.
 
         f: (B, T, *place.shape); where `reads_input` is False any activation, of which only device and dtype are looked
         at. joint: this layer's row of the joint module's output. past: what `remember` returned for the tokens before.
         log λ and the key have f's shape; a constant log λ is (heads,).
         """
         with torch.autocast(f.device.type, enabled=False):
+            if fused:
+                return self.source(f, joint), None
             f = f.to(wide_dtype(f.dtype))
             log_decay = self.log_decay(f, joint)
             key = self.shared_key(f, log_decay, joint) if self.place.point.share else None
@@ -103,6 +108,12 @@ class Decay(DecayMechanism):
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         """The formula: log λ from f (already fp32 or wider)."""
         raise NotImplementedError
+
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        """The formula of `log_decay` for a kernel that computes it from f itself; None where no kernel knows it, or where a
+        shared key is not 1 - λ. Parameters go in as copies: what is made of them is read outside this module's forward.
+        """
+        return None
 
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
         """k = 1 - λ without the subtraction, which would lose λ near 1."""

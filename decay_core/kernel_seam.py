@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kernels.decay_source import DecaySource
+    from kernels.decay_source import DecaySource as DecaySource
 
 _FOLDER = str(Path(__file__).resolve().parent.parent / "kernels")
 
@@ -26,6 +26,8 @@ def _load_selector() -> Any:
     try:
         package = importlib.import_module("kernels")
     except ModuleNotFoundError:  # decay_core was installed in place: the checkout itself is not on the path
+        package = None
+    if not hasattr(package, "__path__"):  # or a script beside a file kernels.py is running
         package = sys.modules["kernels"] = ModuleType("kernels")
         package.__path__ = []
     if _FOLDER not in package.__path__:
@@ -81,11 +83,17 @@ def explain_toolchain() -> str:
     return str(_SELECTOR.toolchain())
 
 
-def fuses(q_bthk: Tensor, v_bthv: Tensor, source: DecaySource) -> bool:
+def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
     """Whether the implementation for these tensors takes a DecaySource without forming log λ. Elsewhere log λ is formed
     anyway, and a caller may as well form it by its own formula."""
-    fused: bool = _SELECTOR.fuses(q_bthk, v_bthv, source)
+    fused: bool = _SELECTOR.fuses(q_bthk, v_bthv)
     return fused
+
+
+def running_decay(f: Tensor) -> Tensor:
+    """LightNet's log λ (B, T, ...) in fp32 by a kernel, where `fuses` holds. Source: decays/lightnet.py defines it."""
+    log_decay: Tensor = _SELECTOR.running_decay(f)
+    return log_decay
 
 
 def gated_norm(o_btd: Tensor, gate_btd: Tensor, gain_d: Tensor, eps: float) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from decay_core import decays, transitions
 from decay_core.decay import DecayPlace
 from decay_core.decoding import LayerState
-from decay_core.kernel_seam import gated_norm
+from decay_core.kernel_seam import DecaySource, fuses, gated_norm
 from decay_core.layers import NORM_EPS, Projection, RMSNorm
-from decay_core.position import Angles
+from decay_core.position import Angles, Position
 
 LogDecayObserver = Callable[[int, Tensor], None]
 
@@ -62,6 +62,14 @@ class TokenMixer(nn.Module):
         self.transition = transitions.get(place.point.transition)(place)
         self.position = self.transition.encoding(place)
         self.norm = GatedNorm(width, inner_gain)
+        plain = type(self.position)
+        self._fusible = (
+            self.transition.fuses
+            and self.decay.reads_input
+            and place.point.granularity != "paired"
+            and plain.widen_decay is Position.widen_decay
+            and (not place.point.share or plain.encode is Position.encode)
+        )
 
     def _activation(self, width: int) -> nn.Module | None:
         """The map from x to the decay's f; None where the shared key is f or the decay reads no input."""
@@ -80,12 +88,28 @@ class TokenMixer(nn.Module):
     ) -> Tensor:
         q_bthk, v_bthv = self._query_and_value(x_btd)
         raw_key, f = self._raw_key_and_f(x_btd)
-        log_decay, shared_key = self.decay(f, joint)
-        if observe is not None:
-            observe(self.place.layer, log_decay.detach())
-        qkv = self._encoded(q_bthk, self._key(raw_key, shared_key), v_bthv, angles)
-        o_bthv, _ = self.transition.scan(x_btd, qkv, self._widened(log_decay, x_btd), None, False)
+        source = self._source(q_bthk, v_bthv, f, joint)
+        if source is None:
+            log_decay, shared_key = self.decay(f, joint)
+            if observe is not None:
+                observe(self.place.layer, log_decay.detach())
+            decay: Tensor | DecaySource = self._widened(log_decay, x_btd)
+            key: Tensor | None = self._key(raw_key, shared_key)
+        else:
+            if observe is not None:
+                with torch.no_grad():
+                    observe(self.place.layer, self.decay(f, joint)[0])
+            decay = source
+            key = None if self.place.point.share else self._key(raw_key, None)
+        o_bthv, _ = self.transition.scan(x_btd, self._encoded(q_bthk, key, v_bthv, angles), decay, None, False)
         return self._gated_output(x_btd, o_bthv)
+
+    def _source(self, q_bthk: Tensor, v_bthv: Tensor, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        """The decay as a formula, where a kernel forms λ (and a shared key) itself: it is then never in memory."""
+        if not (self._fusible and fuses(q_bthk, v_bthv)):
+            return None
+        source: DecaySource | None = self.decay(f, joint, fused=True)[0]
+        return source
 
     def extend(
         self, x_btd: Tensor, joint: Tensor | None, angles: Angles | None, state: LayerState | None = None
@@ -116,8 +140,11 @@ class TokenMixer(nn.Module):
         k_bthk = torch.unflatten(F.silu(raw_key_btd), -1, heads) if shared_key is None else shared_key
         return self.transition.prepare_key(k_bthk)
 
-    def _encoded(self, q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.position.encode(q_bthk, angles), self.position.encode(k_bthk, angles), v_bthv
+    def _encoded(
+        self, q_bthk: Tensor, k_bthk: Tensor | None, v_bthv: Tensor, angles: Angles | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        k_bthk = None if k_bthk is None else self.position.encode(k_bthk, angles)
+        return self.position.encode(q_bthk, angles), k_bthk, v_bthv
 
     def _widened(self, log_decay: Tensor, x_btd: Tensor) -> Tensor:
         """log λ as the scan takes it, from (H,), (B, T, H), (B, T, H, K) or (B, T, H, K / 2)."""

@@ -17,6 +17,7 @@ from decay_core.position import Position
 if TYPE_CHECKING:
     from decay_core.decay import DecayPlace
     from decay_core.design import DesignPoint, Form
+    from decay_core.kernel_seam import DecaySource
     from decay_core.objection import Objection
     from decay_core.sizes import Size
 
@@ -27,6 +28,7 @@ class Transition(nn.Module):
     reads_decay: ClassVar[bool] = True  # False: there is no λ, and the point's name does not spell a decay
     writes: ClassVar[tuple[str, ...]] = ()  # what the axis `write` may say
     mixer: ClassVar[type[nn.Module] | None] = None  # a mixer of its own, called (place, inner_gain)
+    fuses: ClassVar[bool] = False  # whether `scan` takes a decay as a formula, and a key that is 1 - λ as None
     operations: ClassVar[int] = 5  # on each number of the state and token, forward: fade 1, write 2, read 2
 
     def __init__(self, place: DecayPlace) -> None:
@@ -60,8 +62,8 @@ class Transition(nn.Module):
     def scan(
         self,
         x_btd: Tensor,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        log_decay: Tensor,
+        qkv: tuple[Tensor, Tensor | None, Tensor],
+        log_decay: Tensor | DecaySource,
         state_bhkv: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:

@@ -88,7 +88,7 @@ def _check_source(source: DecaySource) -> None:
         raise ValueError(f"decay.kind is {source.kind!r}: it must be one of {', '.join(KINDS)}")
     if source.kind == "floor" and source.offset is None:
         _refuse("decay", source.x, "is a floor without its ℓ", "give ℓ as offset")
-    if not math.isfinite(source.slope):
+    if not -math.inf < source.slope < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"decay.slope is {source.slope}: it must be a finite number")
     for name, tensor in (("decay.gain", source.gain), ("decay.offset", source.offset)):
         if tensor is not None and tensor.shape != source.x.shape[2:]:

@@ -74,9 +74,16 @@ def decay_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) 
     return scan
 
 
-def fuses(q_bthk: Tensor, v_bthv: Tensor, source: DecaySource) -> bool:
+def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
     """Whether the scan for these tensors takes a DecaySource without forming log λ."""
     return _decay_scan(q_bthk, v_bthv)[0] == "triton"
+
+
+def running_decay(f: Tensor) -> Tensor:
+    """LightNet's log λ by its kernel."""
+    from kernels.running_decay_triton import running_decay_triton
+
+    return running_decay_triton(f)
 
 
 def scan_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:

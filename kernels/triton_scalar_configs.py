@@ -130,7 +130,9 @@ def _wide_keys(width: int) -> list[Config]:
         return [*found, _split(forward, shallow, chunks), _split(forward, forward, chunks, dv="walk")]
     crowded = replace(chunks, registers=168)  # three programs on a multiprocessor
     large = Launch(chunk=128, warps=8, stages=1, block_k=128, block_v=width, programs=256)
+    walks = Config(policy="states", forward=forward, backward=Launch(chunk=64, warps=4, stages=1))
     return [
+        *((walks, replace(walks, backward=replace(walks.backward, stages=2))) if width == 64 else ()),
         *(_split(forward, _THIN, launch) for launch in ((crowded, chunks) if width == 64 else (chunks, crowded))),
         _split(forward, shallow, replace(chunks, stages=2)),
         _split(forward, forward, chunks, dv="walk"),

@@ -65,7 +65,8 @@ def dq_kernel(
         state = get_state(initial + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    # masks and offsets hoisted out of the loop would be held in registers, of which there are none left
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - c * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
@@ -141,7 +142,8 @@ def dkv_kernel(
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         passing = tl.sum(tl.zeros([CHUNK], tl.float32), 0)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    # masks and offsets hoisted out of the loop would be held in registers, of which there are none left
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)

@@ -68,7 +68,8 @@ def reverse_kernel(
         d_state = get_state(d_final + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
         d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    # masks and offsets hoisted out of the loop would be held in registers, of which there are none left
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - (chunks - 1 - c) * CHUNK
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)

@@ -4,18 +4,18 @@
 
 What is surprising:
 
-- Time is cut into chunks. Only the state crosses from one chunk to the next, so the forward pass is one kernel that walks
-  along the chunks, and the backward pass is a thin walk in reverse (the gradient of the state) and one kernel that takes
-  all chunks at once, with the state before and the state gradient after each chunk at hand. Where there are few heads, a
-  sequence is cut into segments: a first walk finds what each adds to the state and what it leaves of it, a short one over
-  the segments the state from which each starts.
-- Inside a block of tokens the decay between two of them is split as 2^(D_i) · 2^(-D_j), where D counts from the middle of
-  the block's total decay. That fits the range of bf16 while no channel loses more than 2^-200 within a block. A chunk
-  where some channel does is noted in a flag, and a second launch, whose programs return at once elsewhere, does it again with
-  blocks of one token: above the blocks, halves are merged pairwise, the later half's rows carrying the decay since the
-  middle and the earlier half's rows the decay up to the middle, so every factor is at most 1. No flag is read by the host.
-- A block's middle looks ahead, so a later token can move an earlier output's last bits. With `exact` every chunk goes by
-  blocks of one token, where nothing does.
+- Time is cut into chunks. Only the state crosses from one chunk to the next, so the forward pass is one walk along the
+  chunks, and the backward pass is a walk in reverse (dv and the gradient of the state) and one kernel that takes all chunks at
+  once, with the state before and the state gradient after each chunk at hand. Where there are few heads, a sequence is cut
+  into segments: a first walk finds what each adds to the state and what it leaves of it, a short one over the segments the
+  state from which each starts.
+- Inside a chunk the decay between two tokens is split as 2^(D_i) · 2^(-D_j), where D counts from the middle of the chunk's
+  total decay, and states are kept decayed to that middle. That fits the range of bf16 while no channel loses more than 2^-200
+  within a chunk. A chunk where some channel does is noted in a flag, and a second launch, whose programs return at once
+  elsewhere, does it again: halves are merged pairwise from single tokens up, the later half's rows carrying the decay since
+  the middle and the earlier half's rows the decay up to the middle, so every factor is at most 1. No flag is read by the host.
+- A chunk's middle looks ahead, so a later token can move an earlier output's last bits. With `exact` every chunk is merged
+  from single tokens, where nothing does.
 - log λ is made where it is used, from what is loaded, and its gradient goes back the same way; so is the key where it is
   1 - λ. It is taken in base 2 and held at -150, which is λ = 0 in fp32; the gradient there is 0.
 - The gradient of log λ_t is a sum over the pairs of tokens that t lies between. It is taken as a running sum of
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -42,50 +42,41 @@ from torch import Tensor
 
 from kernels.decay_source import DecaySource
 from kernels.triton_gate import KINDS, Gradients
-from kernels.triton_vector_backward import gradients_kernel
-from kernels.triton_vector_forward import carry_kernel, forward_kernel, outputs_kernel, states_kernel
-from kernels.triton_vector_spans import Sequences, Spans
+from kernels.triton_vector_gradients import gradients_kernel
+from kernels.triton_vector_rows import rows_kernel
+from kernels.triton_vector_spans import Sequences
+from kernels.triton_vector_walk import carry_kernel, walk_kernel
 
 GROUP = 16  # chunks that one program of a launch for flagged chunks looks at
 NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has
-MOST_REGISTERS = 255  # ptxas, not told, takes 32 for some kernels that want more than there are
 CARRIED = 256  # numbers of a state that one program carries along the segments
+# Decayed operands stay within 2^±RANGE of the given ones: that fits bf16 and tf32. Sums of log2 λ in fp32 are to be right to
+# the digits that fp32 inputs keep.
+RANGE, FINE_RANGE = 100.0, 24.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorConfig:
     """How the kernels of one (K, V) are cut; every value changes time and rounding only.
 
-    chunk: tokens between two kept states, and in a step of every kernel but the fused forward pass, which has its own. block:
-    tokens within which decays are split around a middle; all three are powers of two from 16 on, chunk at most 128.
+    chunk: tokens between two kept states and in a step of every kernel, a power of two from 16 to 128.
     policy: "save" keeps the forward pass's states for the backward pass, "recompute" makes them again.
-    forward: "fused" is one walk along the chunks, "split" a walk that makes states and a kernel that takes all chunks at
-    once.
-    programs: where a walk has fewer, sequences are cut into segments.
-    warps, stages, registers (most per thread), value_block (widest piece of V in one program): of the fused forward pass.
-    walk_…: of the walks that make states. output_…: of the kernel that makes o from states. gradient_…: of the gradients, where
-    a program goes through V in pieces and each piece of K is a launch of its own, that adds to dv.
+    walk_…: of the walks; warps, stages, most registers per thread, and the widest piece of a state (key_block, value_block) in
+    one program. A walk along pieces of K gives states only, and the rows are made by a kernel of their own, with rows_….
+    gradient_…: of the gradients; there V is gone through in pieces.
     """
 
     chunk: int = 64
-    block: int = 64
     policy: str = "save"
-    forward: str = "fused"
-    programs: int = 256
-    forward_chunk: int = 64
-    warps: int = 4
-    stages: int = 2
-    registers: int | None = None
-    value_block: int = 64
     walk_warps: int = 4
-    walk_stages: int = 2
+    walk_stages: int = 3
     walk_registers: int | None = None
     walk_key_block: int = 64
     walk_value_block: int = 64
-    output_warps: int = 4
-    output_registers: int | None = None
-    output_value_block: int = 64
+    rows_warps: int = 4
+    rows_registers: int | None = None
+    rows_value_block: int = 64
     gradient_warps: int = 4
     gradient_registers: int | None = None
     gradient_key_block: int = 64
@@ -93,71 +84,29 @@ class VectorConfig:
 
 
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
-    """What is right for these dims; the fastest is for a measurement to tell."""
-    if dtype != torch.bfloat16:
-        # tf32 products take twice the registers
-        if key_dim <= 64:
-            return VectorConfig(chunk=32, forward_chunk=16)
-        return VectorConfig(chunk=32, forward_chunk=16, warps=8, stages=1, forward="fused" if key_dim <= 128 else "split")
-    return candidates(key_dim, value_dim, dtype)[0]
+    """Returns a configuration that is right for these dims; operands of 32 bits need smaller chunks to stay in registers."""
+    chunk, stages = {torch.bfloat16: (64, 3), torch.float16: (32, 2), torch.float32: (16, 2)}[dtype]
+    return VectorConfig(chunk=chunk, walk_stages=stages)
 
 
 def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[VectorConfig]:
-    """What may be the fastest with 16-bit tensors, the default first: few of these kernels spill registers."""
+    """What benchmarks/tune_kernels.py tries: configurations that compile with few spills for Hopper, the likeliest first."""
+    if dtype != torch.bfloat16:
+        return [VectorConfig(chunk=chunk, walk_stages=stages) for chunk in (32, 16) for stages in (2, 1)]
     if key_dim <= 64:
-        return _candidates_for_a_narrow_key(value_dim)
-    if key_dim <= 128:
-        return _candidates_for_a_wide_key(value_dim)
-    base = VectorConfig(forward="split", **_wide_pieces(value_dim, "walk", "output"))
-    small = replace(base, chunk=32, walk_stages=3)
+        narrow = [VectorConfig(walk_stages=stages) for stages in (3, 2)]
+        return [*narrow, VectorConfig(walk_registers=168), VectorConfig(gradient_registers=208), VectorConfig(chunk=32)]
+    whole = {"walk_key_block": 128} if key_dim <= 128 else {}
+    pieces = [VectorConfig(), VectorConfig(chunk=32), VectorConfig(walk_registers=168)]
+    if not whole:
+        return pieces
     return [
-        base,
-        replace(base, walk_stages=3),
-        replace(base, forward="fused", forward_chunk=16, warps=8, stages=1),
-        small,
-        replace(small, gradient_registers=168),
-        replace(small, gradient_key_block=128, gradient_warps=8),
+        VectorConfig(walk_warps=8, walk_stages=2, **whole),
+        *(VectorConfig(chunk=32, walk_warps=8, walk_stages=stages, **whole) for stages in (2, 3)),
+        VectorConfig(chunk=32, walk_warps=8, walk_stages=2, gradient_key_block=128, gradient_warps=8, **whole),
+        VectorConfig(chunk=32, walk_stages=2, **whole),
+        *pieces,
     ]
-
-
-def _candidates_for_a_narrow_key(value_dim: int) -> list[VectorConfig]:
-    base = VectorConfig(forward_chunk=32, stages=3, **_wide_pieces(value_dim, "walk", "output"))
-    small = replace(base, chunk=32, walk_stages=3)
-    return [
-        base,
-        replace(base, stages=2),
-        replace(base, stages=2, registers=168),
-        replace(base, stages=2, registers=128),
-        replace(base, forward_chunk=16),
-        replace(base, walk_stages=3),
-        replace(base, forward="split"),
-        small,
-        replace(small, stages=2, registers=168, gradient_registers=168),
-    ]
-
-
-def _candidates_for_a_wide_key(value_dim: int) -> list[VectorConfig]:
-    base = VectorConfig(forward_chunk=32, warps=8, **_wide_pieces(value_dim, "walk", "output", "gradient"))
-    whole = replace(base, value_block=128, programs=128)
-    small = replace(base, chunk=32, registers=128, walk_stages=3, gradient_value_block=64)
-    found = [
-        base,
-        replace(base, registers=128),
-        replace(base, warps=4),
-        replace(base, warps=4, forward_chunk=16),
-        replace(base, forward="split"),
-        small,
-        replace(small, gradient_registers=168),
-        replace(small, gradient_key_block=128, gradient_warps=8),
-    ]
-    if value_dim > 64:
-        found[3:3] = [whole, replace(whole, registers=128, programs=256)]
-    return found
-
-
-def _wide_pieces(value_dim: int, *kernels: str) -> dict[str, Any]:
-    """V in pieces of 128 for these kernels, where it is wider than 64."""
-    return {f"{kernel}_value_block": 128 for kernel in kernels} if value_dim > 64 else {}
 
 
 def forward(
@@ -182,13 +131,9 @@ def forward(
     o = torch.empty(v_bthv.shape, dtype=v_bthv.dtype, device=v_bthv.device)
     keep = want_saved and config.policy == "save"
     with call.on_device:
-        if exact or config.forward == "split":
-            flags = None if exact else call.new_flags(call.walk_pieces[1])
-            states, final = call.states(k_bthk, v_bthv, 1.0, initial, want_state, flags)
-            call.outputs(scale, o, states, flags, exact=exact)
-        else:
-            states = call.new_states() if keep else None
-            final = _fused(call, scale, o, initial, want_state, states)
+        walk = _Walk(call, v_bthv, scale, exact)
+        states, final = walk.run(o, initial, want_state)
+        walk.finish(o, states)
     return o, final, states if keep else None
 
 
@@ -212,14 +157,15 @@ def backward(
     """
     call = _Call(q_bthk, k_bthk, v_bthv, decay, config, cu_seqlens)
     want_initial = initial_state_nhkv is not None
+    dv = call.new(*v_bthv.shape, dtype=v_bthv.dtype)
     with call.on_device:
         states = saved
         if states is None:
-            states, _ = call.states(k_bthk, v_bthv, 1.0, _state(initial_state_nhkv), False, None)
-        flags = None if exact else call.new_flags(call.walk_pieces[1])
-        d_final = _state(d_final_state_nhkv)
-        dstates, d_initial = call.states(q_bthk, do_bthv, scale, d_final, want_initial, flags, reverse=True)
-        return _gradients(call, scale, do_bthv, states, dstates, flags, exact)._replace(initial_state=d_initial)
+            states, _ = _Walk(call, v_bthv, scale, exact).run(None, _state(initial_state_nhkv), False)
+        walk = _Walk(call, do_bthv, scale, exact, reverse=True)
+        dstates, d_initial = walk.run(dv, _state(d_final_state_nhkv), want_initial)
+        walk.finish(dv, dstates)
+        return _gradients(call, scale, do_bthv, states, dstates, walk.flags, exact, dv, d_initial)
 
 
 def saved_like(
@@ -244,8 +190,8 @@ class _Call:
         self.sequences = Sequences(rows=rows, tokens=self.tokens, cu_seqlens=cu_seqlens)
         self.chunks = self.sequences.chunks(config.chunk)
         self.whole_k, whole_v = _padded(self.key_dim), _padded(self.value_dim)
-        self.forward_v, self.output_v = min(config.value_block, whole_v), min(config.output_value_block, whole_v)
         self.walk_k, self.walk_v = min(config.walk_key_block, self.whole_k), min(config.walk_value_block, whole_v)
+        self.rows_v = min(config.rows_value_block, whole_v)
         self.gradient_k = min(config.gradient_key_block, self.whole_k)
         self.gradient_v = min(config.gradient_value_block, whole_v)
         self.walk_pieces = triton.cdiv(self.value_dim, self.walk_v), triton.cdiv(self.key_dim, self.walk_k)
@@ -255,7 +201,10 @@ class _Call:
         precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         # what holds every digit of x
         whole = decay.x.dtype == torch.bfloat16 or (decay.x.dtype == torch.float16 and not bf16)
-        self.sizes: dict[str, Any] = dict(K=self.key_dim, V=self.value_dim, LP=operand, IP=precision)
+        self.sizes: dict[str, Any] = dict(K=self.key_dim, V=self.value_dim, C=config.chunk, LP=operand, IP=precision)
+        self.log_chunk = config.chunk.bit_length() - 1
+        self.fine = q.dtype == torch.float32
+        self.range = FINE_RANGE if self.fine else RANGE
         self.source: dict[str, Any] = dict(
             x=decay.x, gain=_parameter(decay, "gain"), offset=_parameter(decay, "offset"), slope=float(decay.slope),
             KIND=KINDS[decay.kind], ONE_HALF=decay.kind == "log" and whole, **_strides("x", decay.x),
@@ -269,114 +218,80 @@ class _Call:
     def table(self) -> Tensor | None:
         return self.sequences.chunk_table(self.config.chunk)
 
-    def cut(self, chunk: int, *, exact: bool = False) -> dict[str, int]:
-        """A chunk's logarithm, and its blocks'."""
-        block = 1 if exact else min(self.config.block, chunk)
-        return dict(C=chunk, LOGC=chunk.bit_length() - 1, BASE=block.bit_length() - 1)
-
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
     def new_states(self) -> Tensor:
         return self.new(self.chunks, self.heads, self.value_dim, self.key_dim, dtype=_state_dtype(self.q))
 
-    def new_flags(self, pieces: int, every: int = 1) -> Tensor:
-        return self.new(pieces, self.chunks * every, self.heads, dtype=torch.int8)
 
-    def states(
-        self, a: Tensor | None, y: Tensor, scale: float, outside: Tensor | None, want_last: bool, flags: Tensor | None,
-        *, reverse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The states before all chunks from (k, v), or the gradients after them from (q, do); and the last, if wanted."""
-        pieces_v, pieces_k = self.walk_pieces
-        spans = self.sequences.spans(self.heads * pieces_v * pieces_k, self.config.chunk, self.config.programs)
-        states = self.new_states()
-        first, last = self.span_starts(spans, a, y, scale, outside, want_last, reverse=reverse)
-        self.walk(spans, a, y, scale, first, None if spans.cut else last, states, flags, None, reverse=reverse)
+class _Walk:
+    """The walk along all sequences of one pass: from (k, v) for o and the states, or in reverse from (q, do) for dv and the
+    states' gradients."""
+
+    def __init__(self, call: _Call, y: Tensor, scale: float, exact: bool, *, reverse: bool = False) -> None:
+        self.call, self.y, self.scale, self.exact, self.reverse = call, y, float(scale), exact, reverse
+        self.read, self.written = (call.k, call.q) if reverse else (call.q, call.k)
+        self.pieces = triton.cdiv(call.value_dim, call.walk_v), triton.cdiv(call.key_dim, call.walk_k)
+        self.spans = call.sequences.spans(call.heads * self.pieces[0] * self.pieces[1], call.config.chunk)
+        self.flags = call.new(self.pieces[1], call.chunks, call.heads, dtype=torch.int8)
+        self.makes_rows = self.pieces[1] == 1 and not exact
+
+    def run(self, out: Tensor | None, outside: Tensor | None, want_last: bool) -> tuple[Tensor, Tensor | None]:
+        """Fills `out`, where it is one walk that makes it; returns the states kept at all chunks and, if wanted, the last."""
+        call, spans = self.call, self.spans
+        last = call.new(call.sequences.count, call.heads, call.key_dim, call.value_dim) if want_last else None
+        states = call.new(call.chunks, call.heads, call.value_dim, call.key_dim, dtype=_state_dtype(call.q))
+        first = outside
+        if spans.cut:
+            first = call.new(spans.count, call.heads, call.key_dim, call.value_dim)
+            totals = call.new(spans.count, call.heads, call.key_dim)
+            self._launch(None, None, first, totals, None)
+            carry_kernel[(call.sequences.count * call.heads, triton.cdiv(call.key_dim * call.value_dim, CARRIED))](
+                first, totals, outside, last, spans.bounds, call.heads, spans.segments,
+                K=call.key_dim, V=call.value_dim, BLOCK=CARRIED, REVERSE=self.reverse, num_warps=2,
+            )  # fmt: skip
+        self._launch(out if self.makes_rows else None, first, None if spans.cut else last, None, states)
         return states, last
 
-    def span_starts(
-        self, spans: Spans, a: Tensor | None, y: Tensor, scale: float, outside: Tensor | None, want_last: bool,
-        *, reverse: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """The state from which each span starts, and room for the sequences' last ones: filled here where spans are cut."""
-        size = self.key_dim * self.value_dim
-        last = self.new(self.sequences.count, self.heads, self.key_dim, self.value_dim) if want_last else None
-        if not spans.cut:
-            return outside, last
-        added = self.new(spans.count, self.heads, self.key_dim, self.value_dim)
-        totals = self.new(spans.count, self.heads, self.key_dim)
-        self.walk(spans, a, y, scale, None, added, None, None, totals, reverse=reverse)
-        carry_kernel[(self.sequences.count * self.heads, triton.cdiv(size, CARRIED))](
-            added, totals, outside, last, spans.bounds, self.heads, spans.segments,
-            K=self.key_dim, V=self.value_dim, BLOCK=CARRIED, REVERSE=reverse, num_warps=2,
-        )  # fmt: skip
-        return added, last
-
-    def walk(
-        self, spans: Spans, a: Tensor | None, y: Tensor, scale: float, first: Tensor | None, last: Tensor | None,
-        states: Tensor | None, flags: Tensor | None, totals: Tensor | None, *, reverse: bool,
-    ) -> None:  # fmt: skip
-        config = self.config
-        states_kernel[(spans.count * self.heads, *self.walk_pieces)](
-            a=a, y=y, first_state=first, last_state=last, totals=totals, states=states, flags=flags, spans=spans.table,
-            scale=float(scale), T=self.tokens, H=self.heads, segments=spans.segments, length=spans.length, chunks=self.chunks,
-            **self.source, **_strides("a", a), **_strides("y", y),
-            REVERSE=reverse, BK=self.walk_k, BV=self.walk_v, STAGES=config.walk_stages, **self.cut(config.chunk), **self.sizes,
+    def _launch(
+        self, out: Tensor | None, first: Tensor | None, last: Tensor | None, totals: Tensor | None, states: Tensor | None
+    ) -> None:
+        call, config, spans = self.call, self.call.config, self.spans
+        walk_kernel[(spans.count * call.heads, *self.pieces)](
+            r=self.read, w=self.written, y=self.y, out=out, first_state=first, last_state=last, totals=totals, states=states,
+            flags=None if states is None else self.flags, spans=spans.table, scale=self.scale, T=call.tokens, H=call.heads,
+            segments=spans.segments, length=spans.length, chunks=call.chunks,
+            **call.source, **_strides("r", self.read), **_strides("w", self.written), **_strides("y", self.y),
+            REVERSE=self.reverse, MIDDLE=not self.exact, RANGE=call.range, FINE=call.fine, BK=call.walk_k, BV=call.walk_v,
+            STAGES=config.walk_stages, **call.sizes,
             num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers),
         )  # fmt: skip
 
-    def outputs(
-        self, scale: float, o: Tensor, states: Tensor | None, flags: Tensor | None, *, exact: bool, chunk: int | None = None
-    ) -> None:
-        """o from the states. Without them it holds their part, and only what is flagged is done."""
-        config = self.config
-        chunk = config.chunk if chunk is None else chunk
-        every = config.chunk // chunk
-        for again in (True,) if states is None else _launches(exact):
-            steep = exact or again
-            sizes = (NARROWEST, 4, MOST_REGISTERS) if steep else (self.output_v, config.output_warps, config.output_registers)
-            block_v, warps, registers = sizes
-            group = GROUP if again else 1
-            outputs_kernel[(triton.cdiv(self.chunks * every, group) * self.heads, triton.cdiv(self.value_dim, block_v))](
-                q=self.q, k=self.k, v=self.v, o=o, states=states, flags=flags, table=self.table, scale=float(scale),
-                T=self.tokens, H=self.heads, chunks=self.chunks * every,
-                **self.source, **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v),
-                AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, EVERY=every, BK=NARROWEST, BV=block_v,
-                **self.cut(chunk, exact=steep), **self.sizes, num_warps=warps, num_stages=1, **_registers(registers),
+    def finish(self, out: Tensor, states: Tensor) -> None:
+        """What of `out` the walk has not made: all of it where K is in pieces, and flagged chunks."""
+        call, config = self.call, self.call.config
+        again = (True,) if self.makes_rows else _launches(self.exact)
+        for flagged in again:
+            group, warps = (GROUP, 4) if flagged else (1, config.rows_warps)
+            rows_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.value_dim, call.rows_v))](
+                q=call.q, k=call.k, y=self.y, out=out, states=states, flags=None if self.exact else self.flags,
+                table=call.table, scale=self.scale, T=call.tokens, H=call.heads, chunks=call.chunks,
+                **call.source, **_strides("q", call.q), **_strides("k", call.k), **_strides("y", self.y),
+                AGAIN=flagged, EXACT=flagged or self.exact, REVERSE=self.reverse, PIECES=1 if self.exact else self.pieces[1],
+                PIECE=call.walk_k, GROUP=group, BK=min(NARROWEST, call.whole_k), BV=call.rows_v, LOGC=call.log_chunk,
+                **call.sizes, num_warps=warps, num_stages=1, **_registers(None if flagged else config.rows_registers),
             )  # fmt: skip
 
 
-def _fused(
-    call: _Call, scale: float, o: Tensor, initial: Tensor | None, want_state: bool, states: Tensor | None
-) -> Tensor | None:
-    """The forward pass as one walk, then its flagged chunks again. Fills o and states; returns the final state if wanted."""
-    config = call.config
-    chunk = min(config.chunk, config.forward_chunk)
-    every = config.chunk // chunk
-    pieces = triton.cdiv(call.value_dim, call.forward_v)
-    spans = call.sequences.spans(call.heads * pieces, config.chunk, config.programs)
-    flags = call.new_flags(1, every)
-    first, final = call.span_starts(spans, call.k, call.v, 1.0, initial, want_state, reverse=False)
-    forward_kernel[(spans.count * call.heads, pieces)](
-        q=call.q, k=call.k, v=call.v, o=o, initial=first, final=None if spans.cut else final, states=states, flags=flags,
-        spans=spans.table, scale=float(scale), T=call.tokens, H=call.heads, segments=spans.segments, length=spans.length,
-        **call.source, **_strides("q", call.q), **_strides("k", call.k), **_strides("v", call.v),
-        EVERY=every, BK=call.whole_k, BV=call.forward_v, STAGES=config.stages, **call.cut(chunk), **call.sizes,
-        num_warps=config.warps, num_stages=config.stages, **_registers(config.registers),
-    )  # fmt: skip
-    call.outputs(scale, o, None, flags, exact=False, chunk=chunk)
-    return final
-
-
 def _gradients(
-    call: _Call, scale: float, do: Tensor, states: Tensor, dstates: Tensor, flags: Tensor | None, exact: bool
-) -> Gradients:
-    """All gradients but the initial state's."""
+    call: _Call, scale: float, do: Tensor, states: Tensor, dstates: Tensor, flags: Tensor, exact: bool, dv: Tensor,
+    d_initial: Tensor | None,
+) -> Gradients:  # fmt: skip
+    """The gradients of q, k and the decay, put beside those of v and the initial state."""
     q, k, v, decay, config = call.q, call.k, call.v, call.decay, call.config
     dq, dx = call.new(*q.shape, dtype=q.dtype), call.new(*q.shape, dtype=decay.x.dtype)
     dk = None if k is None else call.new(*k.shape, dtype=k.dtype)
-    dv = call.new(*v.shape, dtype=v.dtype)
     # one row per chunk and head; a packed call has rows that no chunk fills
     used = [name for name in ("gain", "offset") if call.source[name] is not None]
     rows = dict.fromkeys(("gain", "offset")) | {name: call.new(call.chunks, call.heads, call.key_dim) for name in used}
@@ -384,23 +299,18 @@ def _gradients(
         for name in used:
             rows[name].zero_()
     for again in _launches(exact):
-        steep = exact or again
-        sizes = (NARROWEST, NARROWEST, 4, MOST_REGISTERS)
-        if not steep:
-            sizes = (call.gradient_k, call.gradient_v, config.gradient_warps, config.gradient_registers)
-        block_k, block_v, warps, registers = sizes
-        group = GROUP if again else 1
-        for first_key in range(0, call.key_dim, block_k):
-            gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads,)](
-                q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, dx=dx, dgain=rows["gain"], doffset=rows["offset"],
-                states=states, dstates=dstates, flags=flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
-                chunks=call.chunks, first_key=first_key,
-                **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
-                AGAIN=again, PIECES=1 if flags is None else flags.shape[0], GROUP=group, BK=block_k, BV=block_v,
-                **call.cut(config.chunk, exact=steep), **call.sizes, num_warps=warps, num_stages=1, **_registers(registers),
-            )  # fmt: skip
+        group, warps = (GROUP, 4) if again else (1, config.gradient_warps)
+        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.key_dim, call.gradient_k))](
+            q=q, k=k, v=v, do=do, dq=dq, dk=dk, dx=dx, dgain=rows["gain"], doffset=rows["offset"], states=states,
+            dstates=dstates, flags=None if exact else flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
+            chunks=call.chunks,
+            **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
+            AGAIN=again, EXACT=exact or again, PIECES=1 if exact else flags.shape[0], PIECE=call.walk_k, GROUP=group,
+            BK=call.gradient_k, BV=call.gradient_v, LOGC=call.log_chunk, **call.sizes,
+            num_warps=warps, num_stages=1, **_registers(None if again else config.gradient_registers),
+        )  # fmt: skip
     summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
-    return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=None)
+    return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=d_initial)
 
 
 def _launches(exact: bool) -> tuple[bool, ...]:

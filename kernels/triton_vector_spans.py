@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Programs of a walk that are wanted where sequences are cut into segments (four per multiprocessor of an H100), fewest tokens
-# of a segment, and what its tokens are a multiple of, and so of every chunk's.
-WANTED_PROGRAMS, SEGMENT_TOKENS, STEP = 4 * 132, 512, 128
+# Programs of a walk below which sequences are cut into segments, the programs wanted then (four per multiprocessor of an
+# H100), tokens per segment, and what a segment's length is a multiple of: so is every chunk's.
+FEW_PROGRAMS, WANTED_PROGRAMS, SEGMENT_TOKENS, STEP = 256, 4 * 132, 512, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class Sequences:
         """(chunks, 3): first token, tokens, number; None where nothing is packed."""
         return None if self.cu_seqlens is None else _pieces(self.cu_seqlens, self.tokens, chunk, chunk)[0]
 
-    def spans(self, programs: int, chunk: int, enough: int) -> Spans:
-        """`programs`: how many walk along one sequence side by side; with `enough` in all, no sequence is cut."""
-        length = self.tokens if self.count * programs >= enough else self._segment(programs)
+    def spans(self, programs: int, chunk: int) -> Spans:
+        """`programs`: how many walk along one sequence side by side."""
+        length = self._segment(programs)
         if self.cu_seqlens is None:
             segments = math.ceil(self.tokens / length)
             return Spans(count=self.rows * segments, segments=segments, length=length, cut=segments > 1)
@@ -70,7 +70,9 @@ class Sequences:
         return Spans(count=len(table), segments=1, length=length, cut=True, table=table, bounds=bounds)
 
     def _segment(self, programs: int) -> int:
-        """Tokens per segment; at least T where there are too few."""
+        """Tokens per segment; at least T where nothing is to be cut."""
+        if self.count * programs >= FEW_PROGRAMS:
+            return self.tokens
         wanted = math.ceil(WANTED_PROGRAMS / (self.rows * programs))
         wanted = max(1, min(wanted, self.tokens // SEGMENT_TOKENS))
         return STEP * math.ceil(self.tokens / (STEP * wanted))

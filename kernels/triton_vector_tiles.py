@@ -18,7 +18,6 @@ import triton.language as tl
 from kernels.triton_gate import LOG2_E, log2_decay
 
 LOG_FLOOR = tl.constexpr(-104.0)  # below log 2^-150, and exact in 16 bits
-HALF_RANGE = tl.constexpr(100.0)  # decayed operands stay within 2^±100 of the given ones, which fits bf16 and fp32
 
 
 @triton.jit
@@ -41,20 +40,18 @@ def span_of(spans, T, H, segments, length, C: tl.constexpr):
 
 
 @triton.jit
-def chunk_of(table, chunk, T, C: tl.constexpr, EVERY: tl.constexpr):
-    """(batch entry, first token, tokens from there to the sequence's end) of a chunk; EVERY chunks lie in one of the table."""
-    whole = chunk // EVERY
+def chunk_of(table, chunk, T, C: tl.constexpr):
+    """(batch entry, first token, tokens from there to the sequence's end) of a chunk."""
     if table is not None:
         b = (chunk * 0).to(tl.int64)
-        start = tl.load(table + whole * 3)
-        left = tl.load(table + whole * 3 + 1)
+        start = tl.load(table + chunk * 3)
+        left = tl.load(table + chunk * 3 + 1)
     else:
-        each = tl.cdiv(T, C * EVERY)
-        b = (whole // each).to(tl.int64)
-        start = whole % each * (C * EVERY)
-        left = tl.minimum(C * EVERY, T - start)
-    inside = chunk % EVERY * C
-    return b, (start + inside).to(tl.int64), left - inside
+        each = tl.cdiv(T, C)
+        b = (chunk // each).to(tl.int64)
+        start = chunk % each * C
+        left = tl.minimum(C, T - start)
+    return b, start.to(tl.int64), left
 
 
 @triton.jit
@@ -101,10 +98,19 @@ def log2_of(x, gain, offset, slope, first_col, left, KIND: tl.constexpr, C: tl.c
 @triton.jit
 def rounded(x, LP: tl.constexpr):
     """A fp32 tile in the products' dtype, in pairs: of one that is widened again the compiler would round each number alone."""
-    if LP == tl.bfloat16:  # noqa: SIM300
+    if LP == tl.bfloat16:
         return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2)
     else:
         return x.to(LP)
+
+
+@triton.jit
+def operand(x, LP: tl.constexpr, IP: tl.constexpr):
+    """A fp32 tile as the products see it, for sums outside of them that are to cancel against theirs."""
+    if LP == tl.float32 and IP == "tf32":
+        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)  # 10 digits, as tf32 has
+    else:
+        return rounded(x, LP)
 
 
 @triton.jit
@@ -126,7 +132,7 @@ def decay_halves(x, log2, ONE_HALF: tl.constexpr, LP: tl.constexpr):
 @triton.jit
 def sums(weights, high, low, LP: tl.constexpr):
     """weights (C, C) of small exact numbers times a fp32 matrix given in two halves."""
-    if LP == tl.float32:  # noqa: SIM300
+    if LP == tl.float32:
         return tl.dot(weights.to(tl.float32), high, input_precision="tf32x3")
     else:
         weights = weights.to(LP)
@@ -140,12 +146,6 @@ def decay_sums(weights, high, low, ONE_HALF: tl.constexpr, LP: tl.constexpr):
         return tl.dot(weights.to(LP), high, input_precision="tf32") * LOG2_E
     else:
         return sums(weights, high, low, LP)
-
-
-@triton.jit
-def last_row(x, C: tl.constexpr):
-    """In the layout of x, which a sum over the tokens of a loaded tile would not be."""
-    return tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], x, 0.0), 0)
 
 
 @triton.jit
@@ -164,12 +164,9 @@ def after(C: tl.constexpr):
 
 
 @triton.jit
-def around_middle(C: tl.constexpr, BASE: tl.constexpr):
-    """Weights of D: within a block of 2^BASE tokens D_i - D_j is the sum over the tokens after j up to i."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    counted = ((i >> BASE) == (j >> BASE)) & ((j & ((1 << BASE) - 1)) != 0)
-    return tl.where(counted, tl.where(j <= i, 0.5, -0.5), 0.0)
+def around_middle(C: tl.constexpr):
+    """Weights of D, counted from the middle of a chunk's total: D_i - D_j is the sum over the tokens after j up to i."""
+    return tl.where(tl.arange(0, C)[None, :] <= tl.arange(0, C)[:, None], 0.5, -0.5)
 
 
 @triton.jit
@@ -192,16 +189,30 @@ def crossing(level, C: tl.constexpr):
 
 
 @triton.jit
-def same_block(C: tl.constexpr, BASE: tl.constexpr):
-    return (tl.arange(0, C)[:, None] >> BASE) == (tl.arange(0, C)[None, :] >> BASE)
-
-
-@triton.jit
 def state_offsets(first_value, first_key, V: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """States lie as (V, K) between kernels, so that no product needs a transposed tile as its left operand."""
     values = first_value + tl.arange(0, BV)[:, None]
     keys = first_key + tl.arange(0, BK)[None, :]
     return values, keys, (values < V) & (keys < K)
+
+
+@triton.jit
+def load_state(
+    states, flags, flags_piece, log2, first_value, first_key, EXACT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A tile of a chunk's state as it was kept, or, if EXACT, in fp32 and at the chunk's edge.
+
+    A flagged chunk's was kept at the edge by the walks along those pieces of K that were steep, at the middle by the others.
+    """
+    values, keys, inside = state_offsets(first_value, first_key, V, K, BV, BK)
+    state = tl.load(states + values * K + keys, mask=inside, other=0.0)
+    if EXACT:
+        state = state.to(tl.float32)
+        if PIECES > 1:
+            steep = tl.load(flags + first_key // PIECE * flags_piece) != 0
+            state *= tl.exp2(tl.where(steep, 0.0, tl.sum(log2, 0) * -0.5))[None, :]
+    return state
 
 
 @triton.jit

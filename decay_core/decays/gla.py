@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decay_core.decay import Decay
+from decay_core.kernel_seam import DecaySource
 
 TEMPERATURE = 16.0
 
@@ -23,6 +24,12 @@ class GatedLinearAttention(Decay):
         if self.place.point.form == "as_run":
             return F.logsigmoid(f / TEMPERATURE)
         return F.logsigmoid(f) / TEMPERATURE
+
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        if self.place.point.form == "as_run":
+            return DecaySource(x=f, kind="softplus", slope=-1 / TEMPERATURE)
+        gain = torch.full(self.place.shape, 1 / TEMPERATURE, device=f.device)
+        return DecaySource(x=f, kind="softplus", slope=-1.0, gain=gain)
 
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
         if self.place.point.form == "as_run":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core.decay import Decay, DecayMechanism, DecayPlace, wide_dtype
+from decay_core.kernel_seam import DecaySource
 
 
 class LowerBounds(DecayMechanism):
@@ -48,6 +49,11 @@ class Hgrn2(Decay):
         near_floor = torch.logaddexp(floor.log(), torch.log1p(-floor) + F.logsigmoid(f))  # λ > 1 by rounding near 1
         return torch.where(forgotten < 0.5, near_one, near_floor)
 
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        if self.place.layer == 0:
+            return DecaySource(x=f, kind="softplus", slope=-1.0)
+        return DecaySource(x=f, kind="floor", offset=self._floor(f, joint).float())
+
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
         open_part = torch.sigmoid(-f)
         return open_part if self.place.layer == 0 else (1 - self._floor(f, joint)) * open_part
@@ -55,4 +61,4 @@ class Hgrn2(Decay):
     @staticmethod
     def _floor(f: Tensor, joint: Tensor | None) -> Tensor:
         assert joint is not None, "hgrn2's layers above the first read the joint lower bounds"
-        return joint.to(f.dtype)
+        return joint.to(wide_dtype(f.dtype))

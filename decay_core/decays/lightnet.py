@@ -16,13 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decay_core.decay import Decay, wide_dtype
+from decay_core.kernel_seam import DecaySource, running_decay
 
 
 class LightNet(Decay):
     """No parameters of its own. f is (B, T, ...): axis 1 is time."""
 
-    def forward(self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, f: Tensor, joint: Tensor | None = None, past: Tensor | None = None, fused: bool = False
+    ) -> tuple[Tensor | DecaySource | None, Tensor | None]:
         with torch.autocast(f.device.type, enabled=False):
+            if fused:
+                return self.source(f, joint), None
             f = f.to(wide_dtype(f.dtype))
             log_decay = F.logsigmoid(_log_total_before(f, past) - f)
             if not self.place.point.share:
@@ -32,6 +37,11 @@ class LightNet(Decay):
             first = torch.zeros_like(f[:, :1]) if past is None else past[:, 1].to(f.dtype)
             previous = torch.cat([first, f[:, :-1]], dim=1)
             return log_decay, torch.exp(previous - _log_total_before(f, past) + log_decay)  # z_t = z_{t-1} - log λ_t
+
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        if self.place.point.share and self.place.point.form == "as_run":
+            return None  # the key is not 1 - λ
+        return DecaySource(x=running_decay(f))
 
     def remember(self, f: Tensor, past: Tensor | None) -> Tensor:
         """z_T and f_T: (B, 2, 1, ...)."""

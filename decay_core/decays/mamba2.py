@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core.decay import Decay, DecayPlace
+from decay_core.kernel_seam import DecaySource
 from decay_core.objection import Objection
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ class Mamba2(Decay):
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         step = self._step(f)
         return -step if self.log_rate is None else -self.log_rate.to(f.dtype).exp() * step
+
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        if self.place.point.share and self.place.point.form == "as_run":
+            return None  # the key is the step, not 1 - λ
+        gain = None if self.log_rate is None else self.log_rate.float().exp()
+        offset = None if self.step_bias is None else self.step_bias.to(torch.float32, copy=True)
+        return DecaySource(x=f, kind="softplus", gain=gain, offset=offset)
 
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
         return self._step(f) if self.place.point.form == "as_run" else super().shared_key(f, log_decay, joint)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decay_core.decay import Decay
+from decay_core.kernel_seam import DecaySource
 
 
 class Sigmoid(Decay):
@@ -19,6 +20,9 @@ class Sigmoid(Decay):
 
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         return F.logsigmoid(f)
+
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        return DecaySource(x=f, kind="softplus", slope=-1.0)
 
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
         return torch.sigmoid(-f)

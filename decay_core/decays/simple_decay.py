@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decay_core.decay import Decay, DecayPlace
+from decay_core.kernel_seam import DecaySource
 
 
 class SimpleDecay(Decay):
@@ -31,6 +32,9 @@ class SimpleDecay(Decay):
 
     def log_decay(self, f: Tensor, joint: Tensor | None) -> Tensor:
         return F.logsigmoid(f + self.offset.to(f.dtype))
+
+    def source(self, f: Tensor, joint: Tensor | None) -> DecaySource | None:
+        return DecaySource(x=f, kind="softplus", slope=-1.0, offset=-self.offset.float())
 
     def shared_key(self, f: Tensor, log_decay: Tensor, joint: Tensor | None) -> Tensor:
         return torch.sigmoid(-f - self.offset.to(f.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decay_core.decay import DecayPlace, wide_dtype
 from decay_core.design import DesignPoint, Form
-from decay_core.kernel_seam import delta_scan
+from decay_core.kernel_seam import DecaySource, delta_scan
 from decay_core.layers import Projection
 from decay_core.objection import Objection
 from decay_core.sizes import Size
@@ -57,11 +57,13 @@ class Delta(Transition):
     def scan(
         self,
         x_btd: Tensor,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        log_decay: Tensor,
+        qkv: tuple[Tensor, Tensor | None, Tensor],
+        log_decay: Tensor | DecaySource,
         state_bhkv: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         logits = self.beta(x_btd)
         beta_bth = 2 * torch.sigmoid(logits.to(wide_dtype(logits.dtype)))
-        return delta_scan(*qkv, beta_bth, log_decay, self.beta_on_write, state_bhkv, keep)
+        q_bthk, k_bthk, v_bthv = qkv
+        assert k_bthk is not None and isinstance(log_decay, Tensor), "only a transition that fuses is given formulas"
+        return delta_scan(q_bthk, k_bthk, v_bthv, beta_bth, log_decay, self.beta_on_write, state_bhkv, keep)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from decay_core.kernel_seam import decay_scan
+from decay_core.kernel_seam import DecaySource, decay_scan
 from decay_core.transition import Transition
 
 
 class Diagonal(Transition):
     """No parameters."""
 
+    fuses = True
+
     def scan(
         self,
         x_btd: Tensor,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        log_decay: Tensor,
+        qkv: tuple[Tensor, Tensor | None, Tensor],
+        log_decay: Tensor | DecaySource,
         state_bhkv: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:

@@ -312,7 +312,7 @@ def main():
     q, k, v, x, *_ = tensors_of("vector", "mild", length=20)
     os.environ["DECAY_KERNEL"] = "triton"
     asked = kernel_seam.explain_decay_scan(q, v, x) == "decay scan: triton (DECAY_KERNEL asks for it)"
-    fused = kernel_seam.fuses(q, v, DecaySource(x=x))
+    fused = kernel_seam.fuses(q, v)
     o, _ = kernel_seam.decay_scan(q, k, v, x)
     same = torch.equal(o, decay_scan_triton(q, k, v, x)[0])
     choice["the seam takes it where it is asked for and fuses"] = asked and fused and same
@@ -327,7 +327,7 @@ def main():
     told = said == ["K=12 is no multiple of 8 up to 256; the scan in plain torch runs instead"]
     explained = "chunked" in (line := kernel_seam.explain_decay_scan(narrow[0], narrow[2], narrow[3])) and "K=12" in line
     right = close(results[0], decay_scan_naive(*narrow)[0])
-    formed = not kernel_seam.fuses(narrow[0], narrow[2], DecaySource(x=narrow[3]))
+    formed = not kernel_seam.fuses(narrow[0], narrow[2])
     fell_back = told and explained and right and formed
     choice["a width without a kernel runs in plain torch and says so once"] = fell_back or [said, line]
     words = "have no torch.float64; take decay_scan_chunked"

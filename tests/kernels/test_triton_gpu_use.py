@@ -10,7 +10,12 @@ from decay_core.design import DesignPoint
 from decay_core.mixer import TokenMixer
 from kernels.decay_source import DecaySource
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.filterwarnings("ignore:`torch.jit"),  # inductor's own, as is the profiler's
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
+]
 BF16 = torch.bfloat16
 advised = pytest.mark.filterwarnings("default")  # the compiler and the profiler advise by warnings
 
@@ -236,7 +241,7 @@ def test_autocast_leaves_decays_wide(vector):
 @both
 def test_the_seam_fuses_for_16_bits_and_takes_the_kernels_for_fp32_where_asked(vector, monkeypatch):
     given = call(vector, "mamba2", (2, 100, 3))
-    assert kernel_seam.fuses(given.q, given.v, given.source) and not kernel_seam.fuses(given.q.float(), given.v, given.source)
+    assert kernel_seam.fuses(given.q, given.v) and not kernel_seam.fuses(given.q.float(), given.v)
     wide = call(vector, "mamba2", (2, 100, 3), dtype=torch.float32)
     assert "asks for them" in kernel_seam.explain_decay_scan(wide.q, wide.v, wide.source)
     by_default = kernel_seam.decay_scan(wide.q, wide.k, wide.v, wide.source)[0]

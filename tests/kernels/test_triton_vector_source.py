@@ -15,7 +15,7 @@ CASES = {
     "softplus far below e^-60": {**SOFTPLUS, "gate": "wild", "tokens": 100},
     "softplus, multiples of 8": {**SOFTPLUS, "gate": "wild", "k": 40, "v": 24},
     "softplus, wide": {**SOFTPLUS, "k": 128, "v": 72, "heads": 2},
-    "softplus, blocks of 16": {**SOFTPLUS, "config": {"block": 16}},
+    "softplus, blocks of 16": {**SOFTPLUS, "config": {"chunk": 16}},
     "floor": {**FLOOR, "heads": 2},
     "floor, wild": {**FLOOR, "gate": "wild"},
     "floor, slope of 2": {**FLOOR, "slope": 2.0},
@@ -26,7 +26,7 @@ CASES = {
     "shared key, floor": {**FLOOR, "shared": True},
     "shared key, wide": {**FLOOR, "shared": True, "k": 128, "v": 128},
     "shared key, one piece of 128 channels": {**FLOOR, "shared": True, "k": 128, "config": {"gradient_key_block": 128}},
-    "shared key, forward pass split": {**FLOOR, "shared": True, "config": {"forward": "split", "policy": "recompute"}},
+    "shared key, forward pass split": {**FLOOR, "shared": True, "config": {"walk_key_block": 64, "policy": "recompute"}},
 }
 for dtype in ("bfloat16", "float16", "float32"):
     for x_dtype in ("bfloat16", "float16", "float32"):

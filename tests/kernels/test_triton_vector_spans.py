@@ -11,8 +11,8 @@ CASES = {
     "packed": {"lengths": LENGTHS, "heads": 2},
     "packed, λ from 0 to 1, mixed": {"lengths": LENGTHS, "gate": "mixed"},
     "packed, empty at the end": {"lengths": [20, 0, 0]},
-    "packed, forward chunks of 16": {"lengths": LENGTHS, "gate": "channels", "config": {"forward_chunk": 16}},
-    "packed, forward pass split": {"lengths": LENGTHS, "gate": "channels", "config": {"forward": "split"}},
+    "packed, forward chunks of 16": {"lengths": LENGTHS, "gate": "channels", "config": {"chunk": 16}},
+    "packed, forward pass split": {"lengths": LENGTHS, "gate": "channels", "config": {"walk_key_block": 64}},
     "packed, states made again": {"lengths": [17, 0, 65], "config": {"policy": "recompute"}},
     "packed, no states": {"lengths": LENGTHS, "states": False},
     "packed, softplus": {"lengths": LENGTHS, "kind": "softplus"},
@@ -22,7 +22,7 @@ CASES = {
     "segments": {**SEGMENTS, "heads": 2},
     "segments of two sequences, mixed": {**SEGMENTS, "batch": 2, "gate": "mixed"},
     "segments, no states": {**SEGMENTS, "states": False},
-    "segments, forward pass split": {**SEGMENTS, "k": 72, "config": {"forward": "split", "policy": "recompute"}},
+    "segments, forward pass split": {**SEGMENTS, "k": 72, "config": {"walk_key_block": 64, "policy": "recompute"}},
     "segments, shared key": {**SEGMENTS, "kind": "floor", "shared": True},
     "segments, exact": {**SEGMENTS, "gate": "mixed", "exact": True},
     "segments of packed sequences": {"segment": 64, "lengths": [0, 3, 140, 0, 130], "gate": "mixed"},
@@ -68,7 +68,7 @@ def spans_of(case):
 
     call = Call(case)
     batch, tokens = call.q.shape[:2]
-    spans = Sequences(rows=batch, tokens=tokens, cu_seqlens=call.cu_seqlens).spans(1, 64, 256)
+    spans = Sequences(rows=batch, tokens=tokens, cu_seqlens=call.cu_seqlens).spans(1, 64)
     assert spans.cut
     return spans.count if spans.table is None else int((spans.table[:, 1] > 0).sum())
 
