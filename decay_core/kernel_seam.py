@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,9 @@ _FOLDER = str(Path(__file__).resolve().parent.parent / "kernels")
 
 
 def _load_selector() -> Any:
-    try:
+    package: Any = None
+    with suppress(ModuleNotFoundError):  # decay_core was installed in place: the checkout itself is not on the path
         package = importlib.import_module("kernels")
-    except ModuleNotFoundError:  # decay_core was installed in place: the checkout itself is not on the path
-        package = None
     if not hasattr(package, "__path__"):  # or a script beside a file kernels.py is running
         package = sys.modules["kernels"] = ModuleType("kernels")
         package.__path__ = []

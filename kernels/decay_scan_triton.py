@@ -1,7 +1,8 @@
 """The decay scan on a GPU, as torch operators: what autograd, torch.compile and CUDA graphs see of the Triton kernels.
 
 What is unusual:
-- The operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them.
+- The operators are opaque, so torch.compile neither looks into the launches nor breaks its graph at them. Outside of it the
+  same functions go through an autograd function, whose way to the launch is several times shorter than an operator's.
 - What the backward pass wants back (states at the chunks' starts) is an output of the forward operator: empty where no gradient
   is wanted, and with DECAY_KERNEL_POLICY=recompute, which saves memory: the backward operator makes the states again.
 - Configurations come from a table of measured ones (tuned.py), else from the launchers.
@@ -11,10 +12,12 @@ Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.decay_scan_chunked import decay_scan_chunked
 from kernels.decay_source import DecaySource
@@ -81,7 +84,8 @@ def decay_scan_triton(
     formula, asked = (source.kind, float(source.slope), float(scale), exact), policy()
     x = _side_by_side(x) if source.vector else x
     wants = (output_final_state, keep and asked != "recompute")
-    o, state, _ = _forward(q, k, v, x, gain, offset, initial, cu, *formula, asked, *wants)
+    way = _forward if _traced(q) else _Eager.apply if keep else _scan
+    o, state, _ = way(q, k, v, x, gain, offset, initial, cu, *formula, asked, *wants)
     return o.to(v_bthv.dtype), state if output_final_state else None
 
 
@@ -130,6 +134,7 @@ def chosen_config(
     return config, f"{origin}, {POLICY}={asked}" if asked else origin
 
 
+@cache
 def architecture_of(device: torch.device) -> str:
     """Such as sm_90; "cpu" where there is no GPU, as in Triton's interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -168,8 +173,13 @@ def _exactness(source: DecaySource, exact: bool) -> dict[str, bool]:
     return {"exact": exact} if source.vector else {}
 
 
-@torch.library.custom_op("decay::decay_scan", mutates_args=())
-def _forward(
+def _traced(q: Tensor) -> bool:
+    """Whether somebody looks at operators rather than at what they compute."""
+    plain = type(q) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active()
+
+
+def _scan(
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
@@ -194,8 +204,10 @@ def _forward(
     return o, state, saved
 
 
-@torch.library.custom_op("decay::decay_scan_backward", mutates_args=())
-def _backward(
+_forward = torch.library.custom_op("decay::decay_scan", _scan, mutates_args=())
+
+
+def _scan_backward(
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
@@ -225,6 +237,9 @@ def _backward(
     return dq, *others
 
 
+_backward = torch.library.custom_op("decay::decay_scan_backward", _scan_backward, mutates_args=())
+
+
 @_forward.register_fake
 def _(q, k, v, x, gain, offset, initial, cu, kind, slope, scale, exact, policy, want_state, want_saved):
     launchers, config = _prepared(q, v, x, policy)
@@ -245,12 +260,14 @@ def _(q, k, v, x, gain, offset, initial, cu, saved, do, d_state, kind, slope, sc
 def _remember(ctx, inputs, output) -> None:
     *tensors, ctx.kind, ctx.slope, ctx.scale, ctx.exact, ctx.policy, ctx.want_state, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # of the kept states it would be as large as they are
 
 
-def _differentiate(ctx, do, d_state, _):
+def _differentiate(ctx, do, d_state, _, backward=_backward):
     tensors = ctx.saved_tensors
     formula = (ctx.kind, ctx.slope, ctx.scale, ctx.exact, ctx.policy)
-    found = _backward(*tensors, do, d_state if ctx.want_state else None, *formula)
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    found = backward(*tensors, do, d_state if ctx.want_state else None, *formula)
     # An empty tensor stands for None where an input has entries.
     needed = zip(ctx.needs_input_grad, tensors, found, strict=False)
     grads = [y if need and y.shape == x.shape else None for need, x, y in needed]
@@ -258,3 +275,19 @@ def _differentiate(ctx, do, d_state, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+class _Eager(torch.autograd.Function):
+    """The same outside of a compiler."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _scan(*inputs)
+        _remember(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, d_state, _):
+        return _differentiate(ctx, do, d_state, None, _scan_backward)

@@ -29,7 +29,7 @@ Source: decay_scan_naive.py is the definition; the chunked form is that of Mamba
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import DecaySource
+from kernels.launching import cdiv, next_power_of_2, on_device_of
+from kernels.launching import launch as launch_kernel
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_scalar_chunks import chunk_kernel
 from kernels.triton_scalar_configs import SEGMENT_STEP, Config, Launch, candidates, default_config, padded
@@ -186,7 +188,7 @@ def _summed(parts: Tensor, like: Tensor) -> Tensor:
 
 def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
     """States kept for each head. `packed` sequences start at slots as triton_scalar_tiles.py says, with gaps."""
-    return batch * triton.cdiv(tokens, span) if packed is None else tokens // span + packed
+    return batch * cdiv(tokens, span) if packed is None else tokens // span + packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +221,7 @@ class _Scan:
         _, tokens, heads, key_dim = self.shape
         span = launch.chunk * CHECKPOINT
         segments, length = self.segments(launch)
-        stored = self.sequences * segments * (triton.cdiv(length, span) + 1)
+        stored = self.sequences * segments * (cdiv(length, span) + 1)
         return (stored if self.cu is None else tokens // span + 2 * self.sequences, heads, key_dim, self.value_dim)
 
     def blocks(self, launch: Launch) -> tuple[int, int]:
@@ -227,7 +229,7 @@ class _Scan:
 
     def slices(self, launch: Launch) -> tuple[int, int]:
         block_k, block_v = self.blocks(launch)
-        return triton.cdiv(self.shape[3], block_k), triton.cdiv(self.value_dim, block_v)
+        return cdiv(self.shape[3], block_k), cdiv(self.value_dim, block_v)
 
     def segments(self, launch: Launch) -> tuple[int, int]:
         """How many segments a sequence is cut into, and the tokens of one; the last may be short."""
@@ -282,23 +284,24 @@ class _Scan:
         x, (batch, tokens, heads, _) = self.source.x, self.shape
         if self.source.kind == "log" and d_log.shape[0] == 1 and x.dtype == d_log.dtype:
             return {"x": d_log[0], "gain": None, "offset": None}
-        rows, block_rows, block_heads = batch * tokens, 64, min(16, triton.next_power_of_2(heads))
-        grid = (triton.cdiv(rows, block_rows), triton.cdiv(heads, block_heads))
+        rows, block_rows, block_heads = batch * tokens, 64, min(16, next_power_of_2(heads))
+        grid = (cdiv(rows, block_rows), cdiv(heads, block_heads))
         dx, parameters = x.new_empty(x.shape), self.parameters()
         sums = {f"d_{name}": None if y is None else y.new_empty(grid[0], heads) for name, y in parameters.items()}
         strides = dict(zip(("x_b", "x_t", "x_h"), x.stride(), strict=True))
         with self.on_device:
-            gate_kernel[grid](
-                d_log, x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
+            arguments = dict(
+                d_log=d_log, x=x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
                 tokens=tokens, heads=heads, **strides, ROWS=block_rows, HEADS=block_heads, KIND=KINDS[self.source.kind],
             )  # fmt: skip
+            launch_kernel(gate_kernel, grid, arguments)
         given = {"gain": self.source.gain, "offset": self.source.offset}
         summed = {name: sums[f"d_{name}"] for name in given}
         return {"x": dx, **{name: None if y is None else y.sum(dim=0).to(given[name].dtype) for name, y in summed.items()}}
 
     @property
     def on_device(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.source.x.device) if self.source.x.is_cuda else nullcontext()
+        return on_device_of(self.source.x)
 
     def walk(
         self,
@@ -332,9 +335,9 @@ class _Scan:
         self.walk(launch, {"k": k, "v": v}, final=added, totals=totals, **nothing, reverse=reverse, each=True)
         size, block = key_dim * self.value_dim, 1024
         with self.on_device:
-            carry_kernel[(batch * heads, triton.cdiv(size, block))](
-                added, totals, outside, heads, segments, SIZE=size, BLOCK=block, REVERSE=reverse
-            )
+            arguments = {"added": added, "totals": totals, "outside": outside, "heads": heads, "segments": segments}
+            arguments |= {"SIZE": size, "BLOCK": block, "REVERSE": reverse}
+            launch_kernel(carry_kernel, (batch * heads, cdiv(size, block)), arguments)
         return added
 
     def run(self, kernel: Any, launch: Launch, inputs: dict[str, Tensor], chunks: int | None = None, **others: Any) -> None:
@@ -356,10 +359,12 @@ class _Scan:
         product = tl.float32 if single or (_INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
         limit = {} if launch.registers is None else {"maxnreg": launch.registers}
         with self.on_device:
-            kernel[(programs * heads,)](
+            arguments = dict(
                 **inputs, x=x, **self.parameters(), cu=self.cu, **others, slope=float(self.source.slope),
                 log2_scale=self.log2_scale, tokens=tokens, batches=batch, heads=heads, segments=segments, length=length,
                 **strides, K=key_dim, V=self.value_dim, BLOCK_K=block_k, BLOCK_V=block_v, CHUNK=launch.chunk,
                 KIND=KINDS[self.source.kind], ALIGN=align, LP=product, PRECISION="tf32x3" if single else "tf32", SPLIT=single,
-                STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages, **limit,
+                STAGES=launch.stages,
             )  # fmt: skip
+            how = {"num_warps": launch.warps, "num_stages": launch.stages, **limit}
+            launch_kernel(kernel, (programs * heads,), arguments, **how)

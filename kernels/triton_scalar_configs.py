@@ -10,9 +10,11 @@ benchmarks/tune_kernels.py to find.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
-import triton
+
+from kernels.launching import next_power_of_2
 
 NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 SEGMENT_STEP = 128  # a segment's tokens are a multiple of it
@@ -68,11 +70,13 @@ class Config:
         return self.span or self.forward.chunk
 
 
+@cache
 def padded(dim: int) -> int:
     """Columns of the tiles that hold `dim` columns."""
-    return max(NARROWEST, triton.next_power_of_2(dim))
+    return max(NARROWEST, next_power_of_2(dim))
 
 
+@cache
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
     """Returns a configuration that is right for these dims, and by what it compiles to a fast one."""
     return candidates(key_dim, value_dim, dtype)[0]

@@ -30,17 +30,17 @@ Source: the recurrence of the paper (arXiv 2509.05282), diagonal transition; dec
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import DecaySource
+from kernels.launching import cdiv, launch, next_power_of_2, on_device_of
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_vector_gradients import gradients_kernel
 from kernels.triton_vector_rows import rows_kernel
@@ -85,6 +85,7 @@ class VectorConfig:
     gradient_value_block: int = 64
 
 
+@cache
 def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> VectorConfig:
     """Returns a configuration that is right for these dims; operands of 32 bits need smaller chunks to stay in registers."""
     chunk, stages = {torch.bfloat16: (64, 3), torch.float16: (32, 2), torch.float32: (16, 2)}[dtype]
@@ -200,7 +201,7 @@ class _Call:
         self.rows_v = min(config.rows_value_block, whole_v)
         self.gradient_k = min(config.gradient_key_block, self.whole_k)
         self.gradient_v = min(config.gradient_value_block, whole_v)
-        self.walk_pieces = triton.cdiv(self.value_dim, self.walk_v), triton.cdiv(self.key_dim, self.walk_k)
+        self.walk_pieces = cdiv(self.value_dim, self.walk_v), cdiv(self.key_dim, self.walk_k)
         bf16 = q.dtype == torch.bfloat16
         # triton's interpreter multiplies bf16 tiles wrongly
         operand = tl.bfloat16 if bf16 and not _interpreted() else tl.float32
@@ -218,7 +219,7 @@ class _Call:
 
     @property
     def on_device(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext()
+        return on_device_of(self.q)
 
     @cached_property
     def table(self) -> Tensor | None:
@@ -238,9 +239,9 @@ class _Walk:
     def __init__(self, call: _Call, y: Tensor, scale: float, exact: bool, *, reverse: bool = False) -> None:
         self.call, self.y, self.scale, self.exact, self.reverse = call, y, float(scale), exact, reverse
         self.read, self.written = (call.k, call.q) if reverse else (call.q, call.k)
-        self.pieces = triton.cdiv(call.value_dim, call.walk_v), triton.cdiv(call.key_dim, call.walk_k)
+        self.pieces = cdiv(call.value_dim, call.walk_v), cdiv(call.key_dim, call.walk_k)
         self.tiles = min(call.config.walk_tiles, self.pieces[1])
-        programs = self.pieces[0] * triton.cdiv(self.pieces[1], self.tiles)
+        programs = self.pieces[0] * cdiv(self.pieces[1], self.tiles)
         self.spans = call.sequences.spans(call.heads * programs, call.config.chunk)
         self.flags = call.new(self.pieces[1], call.chunks, call.heads, dtype=torch.int8)
         self.makes_rows = self.pieces[1] == self.tiles and not exact
@@ -255,10 +256,12 @@ class _Walk:
             first = call.new(spans.count, call.heads, call.key_dim, call.value_dim)
             totals = call.new(spans.count, call.heads, call.key_dim)
             self._launch(None, None, first, totals, None)
-            carry_kernel[(call.sequences.count * call.heads, triton.cdiv(call.key_dim * call.value_dim, CARRIED))](
-                first, totals, outside, last, spans.bounds, call.heads, spans.segments,
-                K=call.key_dim, V=call.value_dim, BLOCK=CARRIED, REVERSE=self.reverse, num_warps=2,
+            carried = dict(
+                added=first, totals=totals, outside=outside, last=last, bounds=spans.bounds, H=call.heads,
+                segments=spans.segments, K=call.key_dim, V=call.value_dim, BLOCK=CARRIED, REVERSE=self.reverse,
             )  # fmt: skip
+            pieces = cdiv(call.key_dim * call.value_dim, CARRIED)
+            launch(carry_kernel, (call.sequences.count * call.heads, pieces), carried, num_warps=2)
         self._launch(out if self.makes_rows else None, first, None if spans.cut else last, None, states)
         return states, last
 
@@ -267,34 +270,35 @@ class _Walk:
     ) -> None:
         call, config, spans = self.call, self.call.config, self.spans
         tiles = self.tiles if out is not None else 1
-        walk_kernel[(spans.count * call.heads, self.pieces[0], triton.cdiv(self.pieces[1], tiles))](
+        arguments = dict(
             r=self.read, w=self.written, y=self.y, out=out, first_state=first, last_state=last, totals=totals, states=states,
             flags=None if states is None else self.flags, spans=spans.table, scale=self.scale, T=call.tokens, H=call.heads,
             segments=spans.segments, length=spans.length, chunks=call.chunks,
             **call.source, **_strides("r", self.read), **_strides("w", self.written), **_strides("y", self.y),
             REVERSE=self.reverse, MIDDLE=not self.exact, RANGE=call.range, FINE=call.fine, TILES=tiles, BK=call.walk_k,
             BV=call.walk_v, STAGES=config.walk_stages, **call.sizes,
-            num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers),
         )  # fmt: skip
+        how = dict(num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers))
+        launch(walk_kernel, (spans.count * call.heads, self.pieces[0], cdiv(self.pieces[1], tiles)), arguments, **how)
 
     def finish(self, out: Tensor, states: Tensor) -> None:
         """What of `out` the walk has not made: all of it where K is in pieces, and flagged chunks."""
         call, config = self.call, self.call.config
         again = (True,) if self.makes_rows else _launches(self.exact)
         for flagged in again:
-            steep = flagged or self.exact
-            group = GROUP if flagged else 1
-            block_v, warps, registers = (call.rows_v, config.rows_warps, config.rows_registers)
-            if steep:
-                block_v, warps, registers = NARROWEST, 4, None
-            rows_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.value_dim, block_v))](
+            group, block_v, warps, registers = 1, call.rows_v, config.rows_warps, config.rows_registers
+            if flagged or self.exact:
+                group, block_v, warps, registers = GROUP if flagged else 1, NARROWEST, 4, None
+            arguments = dict(
                 q=call.q, k=call.k, y=self.y, out=out, states=states, flags=None if self.exact else self.flags,
                 table=call.table, scale=self.scale, T=call.tokens, H=call.heads, chunks=call.chunks,
                 **call.source, **_strides("q", call.q), **_strides("k", call.k), **_strides("y", self.y),
-                AGAIN=flagged, EXACT=steep, REVERSE=self.reverse, PIECES=1 if self.exact else self.pieces[1],
+                AGAIN=flagged, EXACT=flagged or self.exact, REVERSE=self.reverse, PIECES=1 if self.exact else self.pieces[1],
                 PIECE=call.walk_k, GROUP=group, BK=NARROWEST, BV=block_v, LOGC=call.log_chunk, **call.sizes,
-                num_warps=warps, num_stages=1, **_registers(registers),
             )  # fmt: skip
+            grid = cdiv(call.chunks, group) * call.heads, cdiv(call.value_dim, block_v)
+            how = dict(num_warps=warps, num_stages=1, **_registers(registers))
+            launch(rows_kernel, grid, arguments, **how)
 
 
 def _gradients(
@@ -312,21 +316,21 @@ def _gradients(
         for name in used:
             rows[name].zero_()
     for again in _launches(exact):
-        steep = again or exact
-        group = GROUP if again else 1
-        block_k, block_v, warps = call.gradient_k, call.gradient_v, config.gradient_warps
+        group, block_k, block_v, warps = 1, call.gradient_k, call.gradient_v, config.gradient_warps
         registers = config.gradient_registers
-        if steep:
-            block_k, block_v, warps, registers = NARROWEST, NARROWEST, 4, None
-        gradients_kernel[(triton.cdiv(call.chunks, group) * call.heads, triton.cdiv(call.key_dim, block_k))](
+        if again or exact:
+            group, block_k, block_v, warps, registers = GROUP if again else 1, NARROWEST, NARROWEST, 4, None
+        arguments = dict(
             q=q, k=k, v=v, do=do, dq=dq, dk=dk, dx=dx, dgain=rows["gain"], doffset=rows["offset"], states=states,
             dstates=dstates, flags=None if exact else flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
             chunks=call.chunks,
             **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
-            AGAIN=again, EXACT=steep, PIECES=1 if exact else flags.shape[0], PIECE=call.walk_k, GROUP=group,
+            AGAIN=again, EXACT=exact or again, PIECES=1 if exact else flags.shape[0], PIECE=call.walk_k, GROUP=group,
             BK=block_k, BV=block_v, LOGC=call.log_chunk, **call.sizes,
-            num_warps=warps, num_stages=1, **_registers(registers),
         )  # fmt: skip
+        grid = cdiv(call.chunks, group) * call.heads, cdiv(call.key_dim, block_k)
+        how = dict(num_warps=warps, num_stages=1, **_registers(registers))
+        launch(gradients_kernel, grid, arguments, **how)
     summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
     return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=d_initial)
 
@@ -341,7 +345,7 @@ def _interpreted() -> bool:
 
 
 def _padded(dim: int) -> int:
-    return max(NARROWEST, triton.next_power_of_2(dim))
+    return max(NARROWEST, next_power_of_2(dim))
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ TABLE = Path(__file__).with_name("tuned.json")
 Granularity = Literal["scalar", "vector"]
 C = TypeVar("C")
 _on_trial: dict[tuple[str, str, int, int], Row] = {}
+_made: dict[Any, tuple[Row, Any]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,10 @@ def tuned_config(architecture: str, granularity: str, key_dim: int, value_dim: i
     row = _on_trial.get(key) or rows(TABLE).get(key)
     if row is None:
         return None
-    return made(kind, row.config, f"{TABLE.name}: config of {' '.join(map(str, row.key))}")
+    found = _made.get((kind, key))
+    if found is None or found[0] is not row:
+        found = _made[kind, key] = row, made(kind, row.config, f"{TABLE.name}: config of {' '.join(map(str, row.key))}")
+    return found[1]
 
 
 def on_trial(row: Row) -> None:

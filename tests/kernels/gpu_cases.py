@@ -90,6 +90,7 @@ def outcome(scan, call, dtype=None, **options):
 
 
 def relative(found, wanted):
+    found, wanted = found.detach(), wanted.detach()
     assert found.shape == wanted.shape and found.isfinite().all()
     wanted = wanted.double().nan_to_num()  # the definition's own gradient at λ = 0 is 0 · inf
     # where next to nothing is left of a number, fp32 has nothing left

@@ -21,7 +21,7 @@ def measured(tmp_path, monkeypatch):
     """A table with one row, which differs from the default."""
     monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
     default = module.chosen_config(*SIZES, BF16, "")[0]
-    config = dataclasses.replace(default, warps=16 - default.warps)
+    config = dataclasses.replace(default, chunk=default.chunk // 2)
     fields = {"milliseconds": 1.0, "shape": [], "gpu": "", "versions": "", "date": ""}
     row = tuned.Row(
         architecture="sm_90", granularity="vector", key_dim=64, value_dim=64, config=dataclasses.asdict(config), **fields

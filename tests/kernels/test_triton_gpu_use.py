@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
 ]
 BF16 = torch.bfloat16
+advised = pytest.mark.filterwarnings("default")  # the compiler and the profiler advise by warnings
 
 
 def scan(*arguments, **options):
@@ -114,6 +115,7 @@ def test_operators_keep_torchs_rules(vector):
         torch.library.opcheck(module._backward, (*plain, None, saved, o, None, *formula))
 
 
+@advised
 @both
 def test_one_graph_serves_every_length(vector):
     def loss(q, k, v, x, gain, offset):
@@ -139,6 +141,7 @@ POINTS = [
 ]
 
 
+@advised
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
 def test_a_whole_mixer_compiles_without_a_break_and_gives_what_it_gives(point):
     from decay_core.model import ModelConfig, build_model
@@ -161,6 +164,7 @@ def test_a_whole_mixer_compiles_without_a_break_and_gives_what_it_gives(point):
     assert abs(float(loss - other)) <= 5e-3 * float(loss) and relative(others, grads) <= 5e-2
 
 
+@advised
 def test_a_mixers_scan_is_the_kernels():
     place = DecayPlace(point=DesignPoint(decay="mamba2"), layer=0, layers=2, heads=4, head_dim=64)
     mixer = TokenMixer(place, 1.0).cuda()
