@@ -1,0 +1,95 @@
+"""A launch is remembered under all that a compiled kernel depends on; its arguments come in the order of the signature."""
+
+import pytest
+import torch
+
+from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
+from kernels import launching
+from kernels.launching import cdiv, launch, next_power_of_2
+
+
+class Kernel:
+    """Keeps a record of what it is compiled for and launched with, as Triton's kernel would be."""
+
+    arg_names = ("x", "y", "count", "WIDTH")
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(**arguments):
+            self.compiled.append((grid, arguments))
+            return Compiled(self)
+
+        return compile_and_launch
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+
+
+@pytest.fixture
+def kernel():
+    launching._compiled.clear()
+    yield Kernel()
+    launching._compiled.clear()
+
+
+def arguments(**changes):
+    # the order of the call is not that of the signature
+    return {"WIDTH": 64, "y": None, "x": torch.zeros(8), "count": 3, **changes}
+
+
+def test_the_second_launch_is_the_compiled_kernel_with_its_own_tensors_in_the_signatures_order(kernel):
+    launch(kernel, (5,), arguments(), num_warps=4)
+    again = arguments()
+    launch(kernel, (5,), again, num_warps=4)
+    assert len(kernel.compiled) == 1 and kernel.compiled[0][1]["num_warps"] == 4
+    ((grid, given),) = kernel.launched
+    assert grid == (5, 1, 1) and given[0] is again["x"] and given[1:] == (None, 3, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"count": 4}, {"WIDTH": 32}, {"x": torch.zeros(8, dtype=torch.float16)}, {"y": torch.zeros(8)}],
+    ids=["a number", "a constant", "a dtype", "a tensor that was none"],
+)
+def test_what_a_compiled_kernel_depends_on_is_asked_for_anew(kernel, changes):
+    launch(kernel, (5,), arguments())
+    launch(kernel, (5,), arguments(**changes))
+    assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+@pytest.mark.parametrize("again", [{"grid": (6,)}, {"num_warps": 8}], ids=["the grid", "the warps"])
+def test_the_grid_and_the_options_count_as_well(kernel, again):
+    launch(kernel, (5,), arguments(), num_warps=4)
+    launch(kernel, again.get("grid", (5,)), arguments(), num_warps=again.get("num_warps", 4))
+    assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+def test_unaligned_tensors_are_neither_remembered_nor_given_what_aligned_ones_were_compiled_for(kernel):
+    unaligned = torch.zeros(9)[1:]
+    assert unaligned.data_ptr() % launching.ALIGNMENT
+    for _ in range(2):
+        launch(kernel, (5,), arguments(x=unaligned))
+    launch(kernel, (5,), arguments())
+    launch(kernel, (5,), arguments(x=unaligned))
+    assert len(kernel.compiled) == 4 and not kernel.launched
+
+
+def test_what_is_remembered_does_not_grow_without_end(kernel, monkeypatch):
+    monkeypatch.setattr(launching, "MOST", 3)
+    for count in range(10):
+        launch(kernel, (5,), arguments(count=count))
+    assert len(launching._compiled) <= 3
+
+
+def test_the_sizes_are_tritons():
+    triton = pytest.importorskip("triton")
+    for number in range(1, 300):
+        assert next_power_of_2(number) == triton.next_power_of_2(number)
+        assert all(cdiv(number, size) == triton.cdiv(number, size) for size in (1, 7, 64))
