@@ -28,8 +28,7 @@ def mechanism_code(point: DesignPoint) -> dict[str, str]:
     for one in chosen:
         names |= _reached(one.__module__)
     files = {f"{name.replace('.', '/')}.py": str(sys.modules[name].__file__) for name in names}
-    kernels = (*KERNELS.glob("*.py"), *KERNELS.glob("tuned.json"))  # how a kernel is cut bears on the last bits
-    files |= {f"kernels/{path.name}": str(path) for path in kernels}
+    files |= {f"kernels/{path.name}": str(path) for path in KERNELS.glob("*.py")}
     return {name: _digest(files[name]) for name in sorted(files)}
 
 

@@ -49,11 +49,6 @@ def test_every_file_that_a_forward_and_backward_pass_runs_is_among_them(point):
     assert len(ran) >= 6 and ran - finders <= mechanism_code(point).keys()
 
 
-def test_the_table_of_measured_configurations_is_among_them():
-    digests = mechanism_code(POINTS[0])
-    assert digests["kernels/tuned.json"] == hashlib.sha256((ROOT / "kernels" / "tuned.json").read_bytes()).hexdigest()
-
-
 def test_the_parents_of_a_decay_belong_to_it_and_other_decays_do_not():
     files = mechanism_code(DesignPoint(decay="mamba2_no_a"))
     own = {name for name in files if name.startswith("decay_core/decays/")}
