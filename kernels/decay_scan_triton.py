@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.decay_scan_chunked import decay_scan_chunked
-from kernels.decay_source import DecaySource
+from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.decay_step_triton import decay_step_triton
+from kernels.launching import INTERPRETED
 from kernels.scan_arguments import check_decay_scan
 from kernels.triton_gate import Gradients
 from kernels.triton_scalar import Config as ScalarConfig
@@ -40,10 +41,8 @@ from kernels.tuned import tuned_config
 choose_ptxas()  # before the first kernel is compiled
 LARGEST_DIM, DIM_STEP = 256, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WITH_GAIN, WITH_OFFSET = ("softplus",), ("softplus", "floor")  # formulas that read these
 POLICY = "DECAY_KERNEL_POLICY"
 POLICIES = ("save", "recompute")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def decay_scan_triton(
@@ -78,7 +77,8 @@ def decay_scan_triton(
         return decay_step_triton(*arguments, scale)
     q, k, v = (None if x is None else _side_by_side(x.to(q_bthk.dtype)) for x in (q_bthk, k_bthk, v_bthv))
     x = source.x.float() if source.x.dtype == torch.float64 else source.x
-    parameters = (source.gain if source.kind in WITH_GAIN else None, source.offset if source.kind in WITH_OFFSET else None)
+    used = PARAMETERS[source.kind]
+    parameters = (source.gain if "gain" in used else None, source.offset if "offset" in used else None)
     gain, offset, initial = (None if y is None else y.float().contiguous() for y in (*parameters, initial_state_bhkv))
     cu = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     formula, asked = (source.kind, float(source.slope), float(scale), exact), policy()

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Kind = Literal["log", "softplus", "floor"]
+# what a formula reads beside x and slope
+PARAMETERS: dict[str, tuple[str, ...]] = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ Source: a compiled kernel is called with all arguments in the order of its signa
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 MOST = 4096  # launches remembered: a new length of the text is a new one
 ALIGNMENT = 16  # bytes
+NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _compiled: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
 
 
@@ -53,6 +56,11 @@ def cdiv(count: int, size: int) -> int:
 def next_power_of_2(number: int) -> int:
     """The least power of two that is no smaller, as triton.next_power_of_2 has it."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def padded(dim: int) -> int:
+    """Columns of the tiles that hold `dim` columns."""
+    return max(NARROWEST, next_power_of_2(dim))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -34,16 +34,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decay_source import DecaySource
-from kernels.launching import cdiv, next_power_of_2, on_device_of
+from kernels.decay_source import PARAMETERS, DecaySource
+from kernels.launching import INTERPRETED, cdiv, next_power_of_2, on_device_of, padded
 from kernels.launching import launch as launch_kernel
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_scalar_chunks import chunk_kernel
-from kernels.triton_scalar_configs import SEGMENT_STEP, Config, Launch, candidates, default_config, padded
+from kernels.triton_scalar_configs import SEGMENT_STEP, Config, Launch, candidates, default_config
 from kernels.triton_scalar_gate import gate_kernel
 from kernels.triton_scalar_recompute import dkv_kernel, dq_kernel
 from kernels.triton_scalar_reverse import reverse_kernel
@@ -51,7 +50,6 @@ from kernels.triton_scalar_walk import carry_kernel, walk_kernel
 
 CHECKPOINT = 8
 SEGMENT_TOKENS = 512  # fewest in a segment
-PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has per head
 __all__ = ["Config", "Launch", "backward", "candidates", "default_config", "forward", "saved_like"]
 
 
@@ -174,7 +172,6 @@ def _by_chunks(
 
 
 _POLICIES = {"states": _by_reverse_walk, "recompute": _by_two_walks, "split": _by_chunks}
-_INTERPRETED = not isinstance(walk_kernel, triton.runtime.JITFunction)
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -356,7 +353,7 @@ class _Scan:
         programs = self.sequences * segments * slices_k * slices_v if chunks is None else chunks
         segments = segments if self.cu is None else self.sequences
         single = self.dtype == torch.float32
-        product = tl.float32 if single or (_INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
+        product = tl.float32 if single or (INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
         limit = {} if launch.registers is None else {"maxnreg": launch.registers}
         with self.on_device:
             arguments = dict(

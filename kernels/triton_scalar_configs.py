@@ -14,9 +14,8 @@ from functools import cache
 
 import torch
 
-from kernels.launching import next_power_of_2
+from kernels.launching import padded
 
-NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
 SEGMENT_STEP = 128  # a segment's tokens are a multiple of it
 
 
@@ -68,12 +67,6 @@ class Config:
     def kept_every(self) -> int:
         """Tokens from one kept state to the next."""
         return self.span or self.forward.chunk
-
-
-@cache
-def padded(dim: int) -> int:
-    """Columns of the tiles that hold `dim` columns."""
-    return max(NARROWEST, next_power_of_2(dim))
 
 
 @cache

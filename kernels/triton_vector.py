@@ -18,9 +18,9 @@ What is surprising:
   from single tokens, where nothing does.
 - log λ is made where it is used, from what is loaded, and its gradient goes back the same way; so is the key where it is
   1 - λ. It is taken in base 2 and held at -150, which is λ = 0 in fp32; the gradient there is 0.
-- The gradient of log λ_t is a sum over the pairs of tokens that t lies between. It is taken as a running sum of
-  q·dq - k·dk inside one chunk only, in fp32 and from the very operands that the products saw, so that pairs on one side of
-  t cancel to fp32 accuracy; what comes from outside the chunk is read off the two states.
+- The gradient of log λ_t is a sum over the pairs of tokens that t lies between. Pairs with an end outside the chunk are summed
+  as they are, from the two states. Pairs inside are a running sum of q·dq - k·dk, in fp32 and from the very operands that the
+  products saw, so that those on one side of t cancel to fp32 accuracy; a flagged chunk sums only those that t lies between.
 - Products are of bf16 operands for bf16 inputs, tf32 for fp16 inputs (decayed operands need more range than fp16 has) and
   three tf32 products for fp32 inputs; sums are fp32. States between chunks are kept in bf16 for bf16 inputs, else fp32.
 
@@ -29,7 +29,6 @@ Source: the recurrence of the paper (arXiv 2509.05282), diagonal transition; dec
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -39,8 +38,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decay_source import DecaySource
-from kernels.launching import cdiv, launch, next_power_of_2, on_device_of
+from kernels.decay_source import PARAMETERS, DecaySource
+from kernels.launching import INTERPRETED, NARROWEST, cdiv, launch, on_device_of, padded
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_vector_gradients import gradients_kernel
 from kernels.triton_vector_rows import rows_kernel
@@ -48,8 +47,6 @@ from kernels.triton_vector_spans import Sequences
 from kernels.triton_vector_walk import carry_kernel, walk_kernel
 
 GROUP = 16  # chunks that one program of a launch for flagged chunks looks at
-NARROWEST = 64  # columns of a tile: ptxas 12.8 and 13.0 miscompile many products of 32-wide tiles (triton#10486)
-PARAMETERS = {"log": (), "softplus": ("gain", "offset"), "floor": ("offset",)}  # what a source's formula has
 CARRIED = 256  # numbers of a state that one program carries along the segments
 # Decayed operands stay within 2^±RANGE of the given ones: that fits bf16 and tf32. Sums of log2 λ in fp32 are to be right to
 # the digits that fp32 inputs keep.
@@ -196,15 +193,14 @@ class _Call:
         self.value_dim = v.shape[-1]
         self.sequences = Sequences(rows=rows, tokens=self.tokens, cu_seqlens=cu_seqlens)
         self.chunks = self.sequences.chunks(config.chunk)
-        self.whole_k, whole_v = _padded(self.key_dim), _padded(self.value_dim)
+        self.whole_k, whole_v = padded(self.key_dim), padded(self.value_dim)
         self.walk_k, self.walk_v = min(config.walk_key_block, self.whole_k), min(config.walk_value_block, whole_v)
         self.rows_v = min(config.rows_value_block, whole_v)
         self.gradient_k = min(config.gradient_key_block, self.whole_k)
         self.gradient_v = min(config.gradient_value_block, whole_v)
-        self.walk_pieces = cdiv(self.value_dim, self.walk_v), cdiv(self.key_dim, self.walk_k)
         bf16 = q.dtype == torch.bfloat16
         # triton's interpreter multiplies bf16 tiles wrongly
-        operand = tl.bfloat16 if bf16 and not _interpreted() else tl.float32
+        operand = tl.bfloat16 if bf16 and not INTERPRETED else tl.float32
         precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         # what holds every digit of x
         whole = decay.x.dtype == torch.bfloat16 or (decay.x.dtype == torch.float16 and not bf16)
@@ -227,9 +223,6 @@ class _Call:
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
-
-    def new_states(self) -> Tensor:
-        return self.new(self.chunks, self.heads, self.value_dim, self.key_dim, dtype=_state_dtype(self.q))
 
 
 class _Walk:
@@ -338,14 +331,6 @@ def _gradients(
 def _launches(exact: bool) -> tuple[bool, ...]:
     """Of a kernel that takes all chunks at once: whether each launch is the one for flagged chunks."""
     return (False,) if exact else (False, True)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _padded(dim: int) -> int:
-    return max(NARROWEST, next_power_of_2(dim))
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
