@@ -12,6 +12,7 @@ Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.compile_ahead import compile_ahead, like
 from kernels.decay_scan_chunked import decay_scan_chunked
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.decay_step_triton import decay_step_triton
-from kernels.launching import INTERPRETED
+from kernels.launching import INTERPRETED, on_device_of
 from kernels.scan_arguments import check_decay_scan
 from kernels.triton_gate import Gradients
 from kernels.triton_scalar import Config as ScalarConfig
@@ -43,6 +45,7 @@ LARGEST_DIM, DIM_STEP = 256, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POLICY = "DECAY_KERNEL_POLICY"
 POLICIES = ("save", "recompute")
+_seen: set[tuple[Any, ...]] = set()  # calls whose kernels have been compiled
 
 
 def decay_scan_triton(
@@ -199,9 +202,31 @@ def _scan(
     launchers, config = _prepared(q, v, x, policy)
     source = DecaySource(x=x, kind=kind, slope=slope, gain=gain, offset=offset)  # type: ignore[arg-type]
     given = (q, k, v, source, scale, initial_state, want_state, want_saved, config)
+    shape = q.device, q.dtype, v.dtype, x.dtype, q.shape, v.shape, x.dim(), k is None, gain is None, offset is None
+    first = *shape, initial_state is None, cu_seqlens is None, kind, exact, policy, want_state, want_saved
+    if first not in _seen:
+        _seen.add(first)
+        _compile_all(launchers, given, cu_seqlens, exact)
     o, *others = launchers.forward(*given, cu_seqlens, **_exactness(source, exact))
     state, saved = (q.new_empty(0) if y is None else y for y in others)
     return o, state, saved
+
+
+def _compile_all(launchers: _Launchers, given: tuple[Any, ...], cu_seqlens: Tensor | None, exact: bool) -> None:
+    """The kernels of a call's forward pass and, where something is kept for it, of its backward pass, side by side."""
+    q, k, v, source, scale, initial, want_state, want_saved, config = given
+    parts = {name: like(getattr(source, name)) for name in ("x", "gain", "offset")}
+    q, k, v, initial, cu = (like(y) for y in (q, k, v, initial, cu_seqlens))
+    source = replace(source, **parts)
+    how = _exactness(source, exact)
+
+    def call() -> None:
+        o, _, saved = launchers.forward(q, k, v, source, scale, initial, want_state, want_saved, config, cu, **how)
+        if want_saved:
+            launchers.backward(q, k, v, source, scale, initial, saved, torch.empty_like(o), None, config, cu, **how)
+
+    with on_device_of(given[0]):
+        compile_ahead(call)
 
 
 _forward = torch.library.custom_op("decay::decay_scan", _scan, mutates_args=())

@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import PARAMETERS, DecaySource
-from kernels.launching import INTERPRETED, cdiv, next_power_of_2, on_device_of, padded
+from kernels.launching import INTERPRETED, axes, cdiv, next_power_of_2, on_device_of, padded
 from kernels.launching import launch as launch_kernel
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_scalar_chunks import chunk_kernel
@@ -188,6 +189,25 @@ def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
     return batch * cdiv(tokens, span) if packed is None else tokens // span + packed
 
 
+@cache
+def _blocks(key_dim: int, value_dim: int, block_k: int, block_v: int) -> tuple[int, int]:
+    return min(block_k, padded(key_dim)), min(block_v, padded(value_dim))
+
+
+@cache
+def _slices(key_dim: int, value_dim: int, block_k: int, block_v: int) -> tuple[int, int]:
+    block_k, block_v = _blocks(key_dim, value_dim, block_k, block_v)
+    return cdiv(key_dim, block_k), cdiv(value_dim, block_v)
+
+
+@lru_cache(maxsize=1024)
+def _cut(tokens: int, programs: int, wanted: int) -> tuple[int, int]:
+    """Segments of a sequence, so that `programs` that walk along whole ones become as many as are wanted."""
+    pieces = max(1, min(math.ceil(wanted / programs), tokens // SEGMENT_TOKENS))
+    length = SEGMENT_STEP * math.ceil(tokens / (SEGMENT_STEP * pieces))
+    return math.ceil(tokens / length), length
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scan:
     """One call: its shapes, what λ is made from, and where packed sequences begin."""
@@ -222,11 +242,10 @@ class _Scan:
         return (stored if self.cu is None else tokens // span + 2 * self.sequences, heads, key_dim, self.value_dim)
 
     def blocks(self, launch: Launch) -> tuple[int, int]:
-        return min(launch.block_k, padded(self.shape[3])), min(launch.block_v, padded(self.value_dim))
+        return _blocks(self.shape[3], self.value_dim, launch.block_k, launch.block_v)
 
     def slices(self, launch: Launch) -> tuple[int, int]:
-        block_k, block_v = self.blocks(launch)
-        return cdiv(self.shape[3], block_k), cdiv(self.value_dim, block_v)
+        return _slices(self.shape[3], self.value_dim, launch.block_k, launch.block_v)
 
     def segments(self, launch: Launch) -> tuple[int, int]:
         """How many segments a sequence is cut into, and the tokens of one; the last may be short."""
@@ -235,9 +254,7 @@ class _Scan:
         programs = batch * heads * slices_k * slices_v
         if self.cu is not None or 2 * programs >= launch.programs:
             return 1, tokens
-        wanted = max(1, min(math.ceil(launch.programs / programs), tokens // SEGMENT_TOKENS))
-        length = SEGMENT_STEP * math.ceil(tokens / (SEGMENT_STEP * wanted))
-        return math.ceil(tokens / length), length
+        return _cut(tokens, programs, launch.programs)
 
     def new(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return self.source.x.new_empty(sizes, dtype=dtype)
@@ -345,9 +362,10 @@ class _Scan:
         batch, tokens, heads, key_dim = self.shape
         x = self.source.x
         unit = 16 // self.dtype.itemsize
-        align = unit if all(stride % unit == 0 for tensor in inputs.values() for stride in tensor.stride()[:3]) else 1
-        strides = {f"{name}_{axis}": y.stride(i) // align for name, y in inputs.items() for i, axis in enumerate("bth")}
-        strides |= {f"x_{axis}": x.stride(i) for i, axis in enumerate("bth")}
+        given = {name: y.stride()[:3] for name, y in inputs.items()}
+        align = 1 if any(step % unit for steps in given.values() for step in steps) else unit
+        strides = {name: step // align for tensor, steps in given.items() for name, step in zip(axes(tensor), steps, strict=True)}
+        strides |= zip(axes("x"), x.stride(), strict=True)
         segments, length = self.segments(launch)
         (block_k, block_v), (slices_k, slices_v) = self.blocks(launch), self.slices(launch)
         programs = self.sequences * segments * slices_k * slices_v if chunks is None else chunks

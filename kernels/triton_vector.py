@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import PARAMETERS, DecaySource
-from kernels.launching import INTERPRETED, NARROWEST, cdiv, launch, on_device_of, padded
+from kernels.launching import INTERPRETED, NARROWEST, cdiv, launch, on_device_of, padded, strides
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_vector_gradients import gradients_kernel
 from kernels.triton_vector_rows import rows_kernel
@@ -210,7 +210,7 @@ class _Call:
         self.range = FINE_RANGE if self.fine else RANGE
         self.source: dict[str, Any] = dict(
             x=decay.x, gain=_parameter(decay, "gain"), offset=_parameter(decay, "offset"), slope=float(decay.slope),
-            KIND=KINDS[decay.kind], ONE_HALF=decay.kind == "log" and whole, **_strides("x", decay.x),
+            KIND=KINDS[decay.kind], ONE_HALF=decay.kind == "log" and whole, **strides("x", decay.x),
         )  # fmt: skip
 
     @property
@@ -267,7 +267,7 @@ class _Walk:
             r=self.read, w=self.written, y=self.y, out=out, first_state=first, last_state=last, totals=totals, states=states,
             flags=None if states is None else self.flags, spans=spans.table, scale=self.scale, T=call.tokens, H=call.heads,
             segments=spans.segments, length=spans.length, chunks=call.chunks,
-            **call.source, **_strides("r", self.read), **_strides("w", self.written), **_strides("y", self.y),
+            **call.source, **strides("r", self.read), **strides("w", self.written), **strides("y", self.y),
             REVERSE=self.reverse, MIDDLE=not self.exact, RANGE=call.range, FINE=call.fine, TILES=tiles, BK=call.walk_k,
             BV=call.walk_v, STAGES=config.walk_stages, **call.sizes,
         )  # fmt: skip
@@ -285,7 +285,7 @@ class _Walk:
             arguments = dict(
                 q=call.q, k=call.k, y=self.y, out=out, states=states, flags=None if self.exact else self.flags,
                 table=call.table, scale=self.scale, T=call.tokens, H=call.heads, chunks=call.chunks,
-                **call.source, **_strides("q", call.q), **_strides("k", call.k), **_strides("y", self.y),
+                **call.source, **strides("q", call.q), **strides("k", call.k), **strides("y", self.y),
                 AGAIN=flagged, EXACT=flagged or self.exact, REVERSE=self.reverse, PIECES=1 if self.exact else self.pieces[1],
                 PIECE=call.walk_k, GROUP=group, BK=NARROWEST, BV=block_v, LOGC=call.log_chunk, **call.sizes,
             )  # fmt: skip
@@ -317,7 +317,7 @@ def _gradients(
             q=q, k=k, v=v, do=do, dq=dq, dk=dk, dx=dx, dgain=rows["gain"], doffset=rows["offset"], states=states,
             dstates=dstates, flags=None if exact else flags, table=call.table, scale=float(scale), T=call.tokens, H=call.heads,
             chunks=call.chunks,
-            **call.source, **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("do", do),
+            **call.source, **strides("q", q), **strides("k", k), **strides("v", v), **strides("do", do),
             AGAIN=again, EXACT=exact or again, PIECES=1 if exact else flags.shape[0], PIECE=call.walk_k, GROUP=group,
             BK=block_k, BV=block_v, LOGC=call.log_chunk, **call.sizes,
         )  # fmt: skip
@@ -349,10 +349,3 @@ def _parameter(decay: DecaySource, name: str) -> Tensor | None:
 
 def _registers(most: int | None) -> dict[str, int]:
     return {} if most is None else {"maxnreg": most}
-
-
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Of batch, time and head; an axis of one has none, so that no kernel is compiled anew for it."""
-    if x is None:
-        return {f"{name}_{axis}": 0 for axis in "bth"}
-    return {f"{name}_{axis}": 0 if x.shape[i] == 1 else x.stride(i) for i, axis in enumerate("bth")}

@@ -34,9 +34,9 @@ class Compiled:
 
 @pytest.fixture
 def kernel():
-    launching._compiled.clear()
+    launching._places.clear()
     yield Kernel()
-    launching._compiled.clear()
+    launching._places.clear()
 
 
 def arguments(**changes):
@@ -50,7 +50,21 @@ def test_the_second_launch_is_the_compiled_kernel_with_its_own_tensors_in_the_si
     launch(kernel, (5,), again, num_warps=4)
     assert len(kernel.compiled) == 1 and kernel.compiled[0][1]["num_warps"] == 4
     ((grid, given),) = kernel.launched
-    assert grid == (5, 1, 1) and given[0] is again["x"] and given[1:] == (None, 3, 64)
+    assert grid == (5, 1, 1) and given == (again["x"].data_ptr(), None, 3, 64)
+
+
+def test_each_launch_has_its_own_tensors_and_the_remembered_one_keeps_none_of_them(kernel):
+    tensors = [torch.zeros(8) for _ in range(3)]
+    for x in tensors:
+        launch(kernel, (5,), arguments(x=x, y=x))
+    assert [given[:2] for _, given in kernel.launched] == [(x.data_ptr(), x.data_ptr()) for x in tensors[1:]]
+
+
+def test_arguments_in_another_order_are_the_same_to_the_kernel(kernel):
+    for _ in range(2):
+        launch(kernel, (5,), arguments())
+        launch(kernel, (5,), dict(reversed(arguments().items())))
+    assert len(kernel.compiled) == 2 and [given[1:] for _, given in kernel.launched] == [(None, 3, 64)] * 2
 
 
 @pytest.mark.parametrize(
@@ -85,7 +99,26 @@ def test_what_is_remembered_does_not_grow_without_end(kernel, monkeypatch):
     monkeypatch.setattr(launching, "MOST", 3)
     for count in range(10):
         launch(kernel, (5,), arguments(count=count))
-    assert len(launching._compiled) <= 3
+    assert sum(len(place.compiled) for place in launching._places.values()) <= 3
+
+
+def test_what_is_collected_is_not_launched(kernel):
+    given = arguments()
+    with launching.collecting() as planned:
+        launch(kernel, (5,), given, num_warps=4)
+    assert not kernel.compiled and not kernel.launched
+    assert planned == [(kernel, (5,), given, {"num_warps": 4})]
+    launch(kernel, (5,), given)
+    assert len(kernel.compiled) == 1 and len(planned) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (1, 3, 4, 8), (2, 1, 1, 8)])
+def test_strides_are_named_and_those_of_single_entries_are_none(shape):
+    x = torch.zeros(shape)
+    found = launching.strides("q", x)
+    assert list(found) == ["q_b", "q_t", "q_h"]
+    assert all(found[name] == (0 if size == 1 else step) for name, size, step in zip(found, x.shape, x.stride(), strict=False))
+    assert launching.strides("k", None) == {"k_b": 0, "k_t": 0, "k_h": 0}
 
 
 def test_the_sizes_are_tritons():
