@@ -8,6 +8,8 @@ What is surprising:
 - Decays inside a chunk count from the middle of the chunk's total decay, and the state is brought there: S̃ = 2^half S. Then
   out = r̃ S̃ + (r̃ w̃ᵀ) y and the next state is 2^half (S̃ + yᵀ w̃), with r̃ and w̃ decayed once. What is kept for the kernels that
   take all chunks at once is S̃, which spares them every scale per channel.
+- What a token adds to the state goes in as two bf16 numbers, high digits and what they miss, at the price of one more product:
+  the state is read by every result, and its rounding was the largest share of all errors.
 - Where some channel loses more than 2^-200 in a chunk, that channel's middle is moved so that no factor of the state overflows,
   the chunk is flagged, S is kept as it is, and `out` is nonsense that a second launch replaces.
 Source: triton_vector.py launches it.
@@ -25,6 +27,7 @@ from kernels.triton_vector_tiles import (
     decay_halves,
     decay_sums,
     from_on,
+    halves,
     load_row,
     load_tile,
     log2_of,
@@ -75,7 +78,7 @@ def _step(
         tile_w = shared_key(log2)
     if REVERSE:
         tile_w *= scale
-    tile_w = (tile_w * tl.exp2(d)).to(LP)
+    tile_w, missed = halves(tile_w * tl.exp2(d), LP)
     if states is not None:
         tl.store(flags, steep.to(tl.int8))
         if MIDDLE:
@@ -108,6 +111,8 @@ def _step(
                 state *= tl.exp2(before)[None, :]
         else:
             state *= tl.exp2(before)[None, :]
+    if LP == tl.bfloat16:
+        state = tl.dot(tl.trans(tile_y), missed, state)
     state = tl.dot(tl.trans(tile_y), tile_w, state, input_precision=IP) * tl.exp2(beyond)[None, :]
     return state, rows, pairs, half
 
