@@ -2,6 +2,7 @@
 
 What is surprising: a contestant may be timed in several processes, before and after its rivals; its time is the median of all
 repeats, the spread their range. A ratio is the rival's time over ours, forward and backward together: above 1, ours is faster.
+`gpu` stands where the host's time is left out.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class Results:
             time = statistics.median(repeats) if repeats else None
             done[f"{direction}_ms"] = _round(time)
             done[f"{direction}_spread"] = _round((max(repeats) - min(repeats)) / time) if repeats else None
+            alone = row.get(f"{direction}_gpu_repeats", [])
+            done[f"{direction}_gpu_ms"] = _round(statistics.median(alone)) if alone else None
             done[f"{direction}_floor_ms"] = _round(floor)
             done[f"{direction}_of_floor"] = _round(floor / time) if repeats else None
         first = self.first_call.get((kind, name))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.kernel_claims import claims
-from benchmarks.kernel_results import VALUES, decay_error
+from benchmarks.kernel_results import OURS, VALUES, decay_error
 from benchmarks.kernel_shapes import CLASSES, SOFTMAX, Shape
 
 Record = dict[str, Any]
 NOTHING = "–"
 HEADINGS = (
-    "contestant", "fwd ms", "fwd+bwd ms", "spread", "over ours", "fwd floor ms", "fwd+bwd floor ms", "of the floor", "peak MiB",
-    "first call s", "launches", *(f"error {name}" for name in VALUES), "error of the decay", "remark",
+    "contestant", "fwd ms", "fwd+bwd ms", "spread", "over ours", "GPU alone, fwd+bwd ms", "over ours there", "fwd floor ms",
+    "fwd+bwd floor ms", "of the floor", "peak MiB", "first call s", "launches", *(f"error {name}" for name in VALUES),
+    "error of the decay", "remark",
 )  # fmt: skip
 
 
@@ -42,12 +43,14 @@ def _about(document: Record) -> str:
 def _table(document: Record, kind: str, shape: tuple[int, ...]) -> str:
     over = {r["peer"]: r["ratio"] for r in document["ratios"] if r["class"] == kind and tuple(r["shape"]) == shape}
     rows = [row for row in document["rows"] if tuple(row["shape"]) == shape and row["class"] in (kind, SOFTMAX)]
-    body = [_line(_cells(row, over)) for row in rows]
+    alone = next((row.get("fwd_bwd_gpu_ms") for row in rows if row["contestant"] == OURS), None)
+    body = [_line(_cells(row, over, alone)) for row in rows]
     return "\n".join([_line(HEADINGS), _line("---" for _ in HEADINGS), *body])
 
 
-def _cells(row: Record, over: dict[str, float]) -> list[str]:
-    errors = row["errors"]
+def _cells(row: Record, over: dict[str, float], alone: float | None) -> list[str]:
+    """`alone`: ours on the GPU alone."""
+    errors, on_gpu = row["errors"], row.get("fwd_bwd_gpu_ms")
     remark = "; ".join(str(row[key]) for key in ("failed", "skipped", "remark") if row.get(key))
     if row["wrong"]:
         remark = f"WRONG; {remark}".removesuffix("; ")
@@ -57,6 +60,8 @@ def _cells(row: Record, over: dict[str, float]) -> list[str]:
         _number(row["fwd_bwd_ms"]),
         _percent(row["fwd_bwd_spread"]),
         NOTHING if row["ours"] else _number(over.get(row["contestant"])),
+        _number(on_gpu),
+        NOTHING if row["ours"] or not alone or not on_gpu else _number(on_gpu / alone),
         _number(row["fwd_floor_ms"]),
         _number(row["fwd_bwd_floor_ms"]),
         _percent(row["fwd_bwd_of_floor"]),

@@ -285,7 +285,13 @@ def _times(worker: Worker, shape: Shape, problem: Problem, found: dict[str, Any]
     for _ in range(worker.spec["repeats"]):
         for repeats, call in zip(times.values(), (forward, problem.gradients), strict=True):
             repeats.append(round(worker.milliseconds(call), 5))
+    if worker.cuda:
+        found |= {f"{name}_gpu_repeats": [_gpu(call)] for name, call in (("fwd", forward), ("fwd_bwd", problem.gradients))}
     _row(worker, shape, **found, **times)
+
+
+def _gpu(call: Callable[[], Any]) -> float:
+    return round(kernel_host.gpu_milliseconds(call), 5)
 
 
 def _peak(call: Callable[[], Any]) -> float:

@@ -7,13 +7,13 @@ Source: the limits are those of tests/kernels/test_triton_gpu.py.
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from kernel_host import gpu_milliseconds
 from torch import Tensor
 
 from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
@@ -23,7 +23,6 @@ LIMIT = 6e-3
 CHECKED = (2, 333, 16)  # B, T, H: several chunks and a last one that is cut; kernels are compiled as for the timed shape
 FORMULAS = ("mild", "wild", "softplus")
 WARM, REPEATS = 3, 20
-CACHE_BYTES = 256 << 20  # more than a GPU's L2 holds: it is overwritten before each timed run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +169,10 @@ def _error(found: Tensor, wanted: Tensor, x: Tensor, formula: str, name: str) ->
 
 
 def _median(step: Any) -> float:
-    cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=_device())
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    """Milliseconds on the GPU, with a cold L2 cache; how fast the host is has no part in it."""
     for _ in range(WARM):
         step()
-    for start, end in events:
-        cache.zero_()
-        start.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return gpu_milliseconds(step, REPEATS)
 
 
 def _device() -> torch.device:

@@ -9,14 +9,13 @@ Source: decay_scan_naive.py is the definition.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import DecaySource
+from kernels.launching import cdiv, launch, next_power_of_2, on_device_of
 from kernels.scan_arguments import check_decay_scan
 from kernels.triton_gate import KINDS, log2_decay, shared_key
 from kernels.triton_toolchain import choose_ptxas
@@ -79,15 +78,20 @@ def _step(
     batch, _, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     o = v.new_empty(batch, 1, heads, value_dim)
-    block_k = triton.next_power_of_2(key_dim)
-    block_v = min(max(ENTRIES // block_k, 16), triton.next_power_of_2(value_dim))
-    strides = [y.stride(axis) if y is not None else 0 for y in (q, k, v, x) for axis in (0, 2)]
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        _step_kernel[(batch * heads, triton.cdiv(value_dim, block_v))](
-            q, k, v, x, gain, offset, state if before is None else before, state, o, float(slope), float(scale), heads,
-            *strides, x.stride(3) if x.dim() == 4 else 0,
-            KIND=KINDS[kind], VECTOR=x.dim() == 4, K=key_dim, V=value_dim, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
-        )  # fmt: skip
+    block_k = next_power_of_2(key_dim)
+    block_v = min(max(ENTRIES // block_k, 16), next_power_of_2(value_dim))
+    steps = {
+        f"{name}_{axis}": 0 if y is None else y.stride(i)
+        for name, y in zip("qkvx", (q, k, v, x), strict=True)
+        for i, axis in ((0, "b"), (2, "h"))
+    }
+    arguments = dict(
+        q=q, k=k, v=v, x=x, gain=gain, offset=offset, before=state if before is None else before, after=state, o=o,
+        slope=float(slope), scale=float(scale), heads=heads, **steps, x_k=x.stride(3) if x.dim() == 4 else 0,
+        KIND=KINDS[kind], VECTOR=x.dim() == 4, K=key_dim, V=value_dim, BLOCK_K=block_k, BLOCK_V=block_v,
+    )  # fmt: skip
+    with on_device_of(q):
+        launch(_step_kernel, (batch * heads, cdiv(value_dim, block_v)), arguments, num_warps=4)
     return o
 
 

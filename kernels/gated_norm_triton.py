@@ -13,8 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.compile_ahead import compile_ahead
+from kernels.launching import launch, next_power_of_2, on_device_of
+
 ROWS_OF_PROGRAMS = 1056  # programs of the backward pass: eight for each of an H100's 132 multiprocessors
 WIDEST = 16384  # channels of a row that one program holds
+_seen: set[tuple[object, ...]] = set()  # calls whose kernels have been compiled
 
 
 @triton.jit
@@ -59,23 +63,56 @@ def _backward_kernel(o, gate, gain, dy, do, dgate, dgain, rows, width, eps, BLOC
 @torch.library.custom_op("decay::gated_norm", mutates_args=())
 def _forward(o: Tensor, gate: Tensor, gain: Tensor, eps: float) -> Tensor:
     o, gate = o.contiguous(), gate.contiguous()
-    width, y = o.shape[-1], torch.empty_like(o, dtype=gate.dtype)
-    if y.numel():
-        _forward_kernel[(o.numel() // width,)](o, gate, gain, y, width, eps, **_shape(width))
-    return y
+    if not o.numel():
+        return torch.empty_like(o, dtype=gate.dtype)
+    first = o.device, o.dtype, gate.dtype, gain.dtype, o.shape[-1]
+    if first not in _seen:
+        _seen.add(first)
+        _compile_both(o, gate, gain, eps)
+    with on_device_of(o):
+        return _launch_forward(o, gate, gain, eps)
 
 
 @torch.library.custom_op("decay::gated_norm_backward", mutates_args=())
 def _backward(o: Tensor, gate: Tensor, gain: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     o, gate, dy = o.contiguous(), gate.contiguous(), dy.contiguous()
+    with on_device_of(o):
+        do, dgate, dgain = _launch_backward(o, gate, gain, dy, eps)
+    return do, dgate, dgain.sum(dim=0).to(gain.dtype)
+
+
+def _compile_both(o: Tensor, gate: Tensor, gain: Tensor, eps: float) -> None:
+    """Both kernels side by side, for the width at hand."""
+    one, other, gains = (torch.empty_like(x, device="meta") for x in (o, gate, gain))
+
+    def call() -> None:
+        _launch_backward(one, other, gains, _launch_forward(one, other, gains, eps), eps)
+
+    with on_device_of(o):
+        compile_ahead(call)
+
+
+def _launch_forward(o: Tensor, gate: Tensor, gain: Tensor, eps: float) -> Tensor:
+    width, y = o.shape[-1], torch.empty_like(o, dtype=gate.dtype)
+    arguments = dict(o=o, gate=gate, gain=gain, y=y, width=width, eps=eps, BLOCK=next_power_of_2(width))
+    launch(_forward_kernel, (o.numel() // width,), arguments, num_warps=_warps(width))
+    return y
+
+
+def _launch_backward(o: Tensor, gate: Tensor, gain: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dgain in one row for each program."""
     width = o.shape[-1]
     rows = o.numel() // width
-    do, dgate = torch.empty_like(o), torch.empty_like(gate)
     programs = min(rows, ROWS_OF_PROGRAMS)
+    do, dgate = torch.empty_like(o), torch.empty_like(gate)
     dgain = torch.empty(programs, width, device=o.device, dtype=torch.float32)
     if rows:
-        _backward_kernel[(programs,)](o, gate, gain, dy, do, dgate, dgain, rows, width, eps, **_shape(width))
-    return do, dgate, dgain.sum(dim=0).to(gain.dtype)
+        arguments = dict(
+            o=o, gate=gate, gain=gain, dy=dy, do=do, dgate=dgate, dgain=dgain, rows=rows, width=width, eps=eps,
+            BLOCK=next_power_of_2(width),
+        )  # fmt: skip
+        launch(_backward_kernel, (programs,), arguments, num_warps=_warps(width))
+    return do, dgate, dgain
 
 
 @_forward.register_fake
@@ -102,9 +139,8 @@ def _differentiate(ctx, dy):
 _forward.register_autograd(_differentiate, setup_context=_remember)
 
 
-def _shape(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+def _warps(width: int) -> int:
+    return min(max(next_power_of_2(width) // 256, 1), 16)
 
 
 def gated_norm_triton(o_btd: Tensor, gate_btd: Tensor, gain_d: Tensor, eps: float) -> Tensor:

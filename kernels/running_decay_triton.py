@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launching import cdiv, launch, on_device_of
 from kernels.triton_gate import LN_2, LOG2_E, shared_key, softplus
 from kernels.triton_toolchain import choose_ptxas
 
@@ -97,7 +98,7 @@ def running_decay_triton(f: Tensor) -> Tensor:
 def _grid(f: Tensor) -> tuple[tuple[int, int], int, int]:
     batch, tokens = f.shape[:2]
     channels = f[0, 0].numel() if f.numel() else 0
-    return (batch, triton.cdiv(channels, COLUMNS)), tokens, channels
+    return (batch, cdiv(channels, COLUMNS)), tokens, channels
 
 
 @torch.library.custom_op("decay::running_decay", mutates_args=())
@@ -105,7 +106,9 @@ def _forward(f: Tensor) -> Tensor:
     log_decay = torch.empty(f.shape, dtype=torch.float32, device=f.device)
     if f.numel():
         grid, tokens, channels = _grid(f)
-        _forward_kernel[grid](f, log_decay, tokens, channels, C=ROWS, D=COLUMNS)
+        arguments = dict(f=f, log_decay=log_decay, tokens=tokens, channels=channels, C=ROWS, D=COLUMNS)
+        with on_device_of(f):
+            launch(_forward_kernel, grid, arguments)
     return log_decay
 
 
@@ -114,7 +117,9 @@ def _backward(log_decay: Tensor, d_log: Tensor, dtype: torch.dtype) -> Tensor:
     df = torch.empty(log_decay.shape, dtype=dtype, device=log_decay.device)
     if df.numel():
         grid, tokens, channels = _grid(log_decay)
-        _backward_kernel[grid](log_decay, d_log.contiguous(), df, tokens, channels, C=ROWS, D=COLUMNS)
+        tensors = dict(log_decay=log_decay, d_log=d_log.contiguous(), df=df)
+        with on_device_of(df):
+            launch(_backward_kernel, grid, dict(**tensors, tokens=tokens, channels=channels, C=ROWS, D=COLUMNS))
     return df
 
 

@@ -364,7 +364,9 @@ class _Scan:
         unit = 16 // self.dtype.itemsize
         given = {name: y.stride()[:3] for name, y in inputs.items()}
         align = 1 if any(step % unit for steps in given.values() for step in steps) else unit
-        strides = {name: step // align for tensor, steps in given.items() for name, step in zip(axes(tensor), steps, strict=True)}
+        strides = {
+            name: step // align for tensor, steps in given.items() for name, step in zip(axes(tensor), steps, strict=True)
+        }
         strides |= zip(axes("x"), x.stride(), strict=True)
         segments, length = self.segments(launch)
         (block_k, block_v), (slices_k, slices_v) = self.blocks(launch), self.slices(launch)

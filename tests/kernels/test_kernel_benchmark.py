@@ -113,6 +113,19 @@ def test_a_contestant_timed_in_two_processes_is_one_row_with_the_median_of_all()
     assert only["fwd_bwd_of_floor"] == pytest.approx(0.496 / 0.85, rel=1e-2)
 
 
+def test_times_on_the_gpu_alone_stand_beside_those_that_a_caller_sees():
+    def timed(name, both, *alone):
+        return row("scalar", name, both=(both,), fwd_gpu_repeats=[0.1] * len(alone), fwd_bwd_gpu_repeats=list(alone))
+
+    found = results(timed("ours", 0.8, 0.5), timed("ours", 0.8, 0.7), timed("chunk_simple_gla", 2.0, 1.5), timed("ours_fused", 1.0))
+    document = found.document()
+    ours, peer, fused = document["rows"]
+    assert (ours["fwd_bwd_gpu_ms"], peer["fwd_bwd_gpu_ms"], fused["fwd_bwd_gpu_ms"]) == (0.6, 1.5, None)
+    lines = [line.split(" | ") for line in render(document).splitlines() if line.startswith("| ")]
+    column = lines[0].index("GPU alone, fwd+bwd ms")
+    assert [line[column - 1 : column + 2] for line in lines[2:5]] == [["–", "0.6", "–"], ["2.5", "1.5", "2.5"], ["–", "–", "–"]]
+
+
 def test_a_ratio_is_the_rivals_time_over_ours_and_has_the_agreed_keys():
     found = results(
         row("scalar", "ours", both=(0.8,)),
