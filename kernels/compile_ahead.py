@@ -34,11 +34,6 @@ def compile_ahead(call: Callable[[], Any]) -> None:
         _compile(planned)
 
 
-def like(x: Tensor | None) -> Tensor | None:
-    """A tensor that lies as x does and holds nothing."""
-    return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
 def _compile(planned: list[Planned]) -> None:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 

@@ -12,19 +12,19 @@ Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.compile_ahead import compile_ahead, like
+from kernels.compile_ahead import compile_ahead
 from kernels.decay_scan_chunked import decay_scan_chunked
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.decay_step_triton import decay_step_triton
 from kernels.launching import INTERPRETED, on_device_of
+from kernels.replay import like, replayed
 from kernels.scan_arguments import check_decay_scan
 from kernels.triton_gate import Gradients
 from kernels.triton_scalar import Config as ScalarConfig
@@ -45,7 +45,7 @@ LARGEST_DIM, DIM_STEP = 256, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POLICY = "DECAY_KERNEL_POLICY"
 POLICIES = ("save", "recompute")
-_seen: set[tuple[Any, ...]] = set()  # calls whose kernels have been compiled
+_compiled: set[tuple[Any, ...]] = set()  # calls whose kernels have been compiled
 
 
 def decay_scan_triton(
@@ -200,33 +200,42 @@ def _scan(
     want_saved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     launchers, config = _prepared(q, v, x, policy)
-    source = DecaySource(x=x, kind=kind, slope=slope, gain=gain, offset=offset)  # type: ignore[arg-type]
-    given = (q, k, v, source, scale, initial_state, want_state, want_saved, config)
-    shape = q.device, q.dtype, v.dtype, x.dtype, q.shape, v.shape, x.dim(), k is None, gain is None, offset is None
-    first = *shape, initial_state is None, cu_seqlens is None, kind, exact, policy, want_state, want_saved
-    if first not in _seen:
-        _seen.add(first)
-        _compile_all(launchers, given, cu_seqlens, exact)
-    o, *others = launchers.forward(*given, cu_seqlens, **_exactness(source, exact))
-    state, saved = (q.new_empty(0) if y is None else y for y in others)
-    return o, state, saved
+    formula = _Formula(kind, slope, scale, exact)
+    function = partial(_run, launchers, config, formula, want_state, want_saved)
+    tensors = (q, k, v, x, gain, offset, initial_state, cu_seqlens)
+    with on_device_of(q):
+        o, state, saved = replayed(function, tensors, ("forward", config, *formula, want_state, want_saved))
+    return o, q.new_empty(0) if state is None else state, q.new_empty(0) if saved is None else saved
 
 
-def _compile_all(launchers: _Launchers, given: tuple[Any, ...], cu_seqlens: Tensor | None, exact: bool) -> None:
-    """The kernels of a call's forward pass and, where something is kept for it, of its backward pass, side by side."""
-    q, k, v, source, scale, initial, want_state, want_saved, config = given
-    parts = {name: like(getattr(source, name)) for name in ("x", "gain", "offset")}
-    q, k, v, initial, cu = (like(y) for y in (q, k, v, initial, cu_seqlens))
-    source = replace(source, **parts)
-    how = _exactness(source, exact)
+class _Formula(NamedTuple):
+    kind: str
+    slope: float
+    scale: float
+    exact: bool
 
-    def call() -> None:
-        o, _, saved = launchers.forward(q, k, v, source, scale, initial, want_state, want_saved, config, cu, **how)
-        if want_saved:
-            launchers.backward(q, k, v, source, scale, initial, saved, torch.empty_like(o), None, config, cu, **how)
+    def source(self, x: Tensor, gain: Tensor | None, offset: Tensor | None) -> DecaySource:
+        return DecaySource(x=x, kind=self.kind, slope=self.slope, gain=gain, offset=offset)  # type: ignore[arg-type]
 
-    with on_device_of(given[0]):
-        compile_ahead(call)
+
+def _run(launchers, config, formula, want_state, want_saved, q, k, v, x, gain, offset, initial_state, cu_seqlens):
+    """(o, final state or None, what the backward pass wants back or None). Both passes are compiled at their first call."""
+    kernels = (q.device, q.dtype, q.shape, v.shape, x.dtype, x.dim(), k is None, gain is None, offset is None)
+    kernels += (initial_state is None, cu_seqlens is None, config, formula, want_state, want_saved)
+    if not q.is_meta and kernels not in _compiled:
+        _compiled.add(kernels)
+        function = partial(_run_both, launchers, config, formula, want_state, want_saved)
+        compile_ahead(partial(function, *map(like, (q, k, v, x, gain, offset, initial_state, cu_seqlens))))
+    source = formula.source(x, gain, offset)
+    given = (q, k, v, source, formula.scale, initial_state, want_state, want_saved, config)
+    return launchers.forward(*given, cu_seqlens, **_exactness(source, formula.exact))
+
+
+def _run_both(launchers, config, formula, want_state, want_saved, *tensors):
+    """The backward pass too, if something is kept for it, with a gradient that lies as v does."""
+    _, _, saved = _run(launchers, config, formula, want_state, want_saved, *tensors)
+    if want_saved:
+        _run_backward(launchers, config, formula, *tensors, saved, torch.empty_like(tensors[2]), None)
 
 
 _forward = torch.library.custom_op("decay::decay_scan", _scan, mutates_args=())
@@ -251,15 +260,25 @@ def _scan_backward(
     policy: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launchers, config = _prepared(q, v, x, policy)
-    source = DecaySource(x=x, kind=kind, slope=slope, gain=gain, offset=offset)  # type: ignore[arg-type]
-    kept = saved if saved.numel() else None
-    d_state = None if d_state is None else d_state.float().contiguous()
-    given = (q, k, v, source, scale, initial_state)
-    if kept is None and config.policy != "recompute" and not source.vector:  # the vector launcher makes them itself
-        kept = launchers.forward(*given, False, True, config, cu_seqlens)[2]
-    found = launchers.backward(*given, kept, _side_by_side(do), d_state, config, cu_seqlens, **_exactness(source, exact))
+    formula = _Formula(kind, slope, scale, exact)
+    tensors = (q, k, v, x, gain, offset, initial_state, cu_seqlens, saved if saved.numel() else None, do, d_state)
+    with on_device_of(q):
+        found = replayed(partial(_run_backward, launchers, config, formula), tensors, ("backward", config, *formula))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)
     return dq, *others
+
+
+def _run_backward(
+    launchers, config, formula, q, k, v, x, gain, offset, initial_state, cu_seqlens, saved, do, d_state
+) -> Gradients:  # fmt: skip
+    source = formula.source(x, gain, offset)
+    d_state = None if d_state is None else d_state.float().contiguous()
+    given = (q, k, v, source, formula.scale, initial_state)
+    if saved is None and config.policy != "recompute" and not source.vector:  # the vector launcher makes them itself
+        saved = launchers.forward(*given, False, True, config, cu_seqlens)[2]
+    how = _exactness(source, formula.exact)
+    found: Gradients = launchers.backward(*given, saved, _side_by_side(do), d_state, config, cu_seqlens, **how)
+    return found
 
 
 _backward = torch.library.custom_op("decay::decay_scan_backward", _scan_backward, mutates_args=())

@@ -45,7 +45,7 @@ class _Place:
     pointers: tuple[str, ...]
     numbers: Callable[[dict[str, Any]], tuple[Any, ...]]
     slots: tuple[int, ...]  # of the pointers in the signature
-    compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = field(default_factory=dict)
+    compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], list[Any]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kernel: Any, arguments: dict[str, Any]) -> _Place:
@@ -61,12 +61,15 @@ _places: dict[tuple[Any, ...], _Place] = {}
 _planned: ContextVar[list[Planned] | None] = ContextVar("planned launches", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
-    """Launches kernel[grid](**arguments, **options) on the current device. arguments: all that the kernel takes, by name."""
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> Callable[..., Any] | None:
+    """Launches kernel[grid](**arguments, **options) on the current device. arguments: all that the kernel takes, by name.
+
+    Returns what launches the same with other tensors, given as addresses in the order of the signature, if that is remembered.
+    """
     planned = _planned.get()
     if planned is not None:
         planned.append(Planned(kernel, grid, arguments, options))
-        return
+        return None
     where = id(kernel), *arguments
     place = _places.get(where)
     if place is None:
@@ -82,18 +85,22 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
         bits |= address or 0
     if bits % ALIGNMENT:
         kernel[grid](**arguments, **options)
-    elif known is not None:
-        compiled, given = known
+        return None
+    if known is not None:
+        run, given = known
         given = given.copy()
         for slot, address in zip(place.slots, addresses, strict=True):
             given[slot] = address
-        compiled[(*grid, 1, 1)[:3]](*given)
-    else:
-        compiled = kernel[grid](**arguments, **options)
-        if compiled is not None:
-            if len(place.compiled) >= MOST:
-                place.compiled.clear()
-            place.compiled[key] = compiled, [None if name in place.pointers else arguments[name] for name in kernel.arg_names]
+        run(*given)
+        return run
+    compiled = kernel[grid](**arguments, **options)
+    if compiled is None:
+        return None
+    if len(place.compiled) >= MOST:
+        place.compiled.clear()
+    run = compiled[(*grid, 1, 1)[:3]]
+    place.compiled[key] = run, [None if name in place.pointers else arguments[name] for name in kernel.arg_names]
+    return run
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def _wide(state: Tensor | None) -> Tensor | None:
 
 
 def _summed(parts: Tensor, like: Tensor) -> Tensor:
-    return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0).to(like.dtype)
+    return parts if parts.dim() == like.dim() else parts.sum(dim=0).to(like.dtype)
 
 
 def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
@@ -269,8 +269,8 @@ class _Scan:
         return self.new(*self.kept_shape(config), dtype=self.dtype)
 
     def partial(self, like: Tensor, slices: int) -> Tensor:
-        """Room for an output in which `slices` programs have a share: in fp32 where there are several."""
-        return like.new_empty(slices, *like.shape, dtype=like.dtype if slices == 1 else torch.float32)
+        """Room for an output in which `slices` programs have a share: where there are several, one after the other in fp32."""
+        return like.new_empty(like.shape) if slices == 1 else like.new_empty(slices, *like.shape, dtype=torch.float32)
 
     def parameters(self) -> dict[str, Tensor | None]:
         """The gain and the offset that the source's formula uses, in fp32."""
@@ -283,7 +283,8 @@ class _Scan:
         slices_k, slices_v = self.slices(launch)
         parts = {"dq": ("q", slices_v), "dk": ("k", slices_v), "dv": ("v", slices_k)}
         room: dict[str, Tensor | None] = {name: self.partial(inputs[like], n) for name, (like, n) in parts.items()}
-        room["d_log"] = self.new(slices_k * slices_v, *self.shape[:3], dtype=torch.float32)
+        slices = slices_k * slices_v
+        room["d_log"] = self.new(*((slices,) if slices > 1 else ()), *self.shape[:3], dtype=torch.float32)
         return {**room, "d_initial": None if initial is None else self.states()}
 
     def gradients(
@@ -296,8 +297,9 @@ class _Scan:
     def gate_gradients(self, d_log: Tensor) -> dict[str, Tensor | None]:
         """Those of x, gain and offset."""
         x, (batch, tokens, heads, _) = self.source.x, self.shape
-        if self.source.kind == "log" and d_log.shape[0] == 1 and x.dtype == d_log.dtype:
-            return {"x": d_log[0], "gain": None, "offset": None}
+        slices = d_log.shape[0] if d_log.dim() > x.dim() else 1
+        if self.source.kind == "log" and slices == 1 and x.dtype == d_log.dtype:
+            return {"x": d_log, "gain": None, "offset": None}
         rows, block_rows, block_heads = batch * tokens, 64, min(16, next_power_of_2(heads))
         grid = (cdiv(rows, block_rows), cdiv(heads, block_heads))
         dx, parameters = x.new_empty(x.shape), self.parameters()
@@ -305,7 +307,7 @@ class _Scan:
         strides = dict(zip(("x_b", "x_t", "x_h"), x.stride(), strict=True))
         with self.on_device:
             arguments = dict(
-                d_log=d_log, x=x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
+                d_log=d_log, x=x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=slices, rows=rows,
                 tokens=tokens, heads=heads, **strides, ROWS=block_rows, HEADS=block_heads, KIND=KINDS[self.source.kind],
             )  # fmt: skip
             launch_kernel(gate_kernel, grid, arguments)

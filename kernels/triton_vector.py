@@ -132,7 +132,7 @@ def forward(
     """
     call = _Call(q_bthk, k_bthk, v_bthv, decay, config, cu_seqlens)
     initial = _state(initial_state_nhkv)
-    o = torch.empty(v_bthv.shape, dtype=v_bthv.dtype, device=v_bthv.device)
+    o = v_bthv.new_empty(v_bthv.shape)
     keep = want_saved and config.policy == "save"
     with call.on_device:
         walk = _Walk(call, v_bthv, scale, exact)
@@ -222,7 +222,7 @@ class _Call:
         return self.sequences.chunk_table(self.config.chunk)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
+        return self.q.new_empty(shape, dtype=dtype)
 
 
 class _Walk:

@@ -64,7 +64,7 @@ def test_all_kernels_of_a_call_and_its_backward_pass_are_known_before_it(case, m
         ahead.extend(planned)
 
     monkeypatch.setattr(operators, "compile_ahead", listed)
-    monkeypatch.setattr(operators, "_seen", set())
+    monkeypatch.setattr(operators, "_compiled", set())
     for _ in range(2):  # of a second call everything is known
         with collecting() as launched:
             o, _, kept = operators._scan(*given, *formula, states is not None, saved)

@@ -76,6 +76,7 @@ def test_operators_are_the_definition_in_value_and_every_gradient(case, found):
         "the scan is linear in v",
         "memory layout does not matter",
         "two runs give equal bits",
+        "a call done from its list gives the same bits",
     ],
 )
 def test_the_triton_scan(claim, granularity, found):
@@ -106,6 +107,7 @@ def main():
 
     from decay_core import kernel_seam
     from kernels import decay_scan_triton as module
+    from kernels import replay
     from kernels.decay_scan_naive import decay_scan_naive
     from kernels.decay_scan_triton import decay_scan_triton
     from kernels.decay_source import DecaySource
@@ -299,6 +301,21 @@ def main():
         strange[0] = strange[0].repeat_interleave(2, dim=3)[..., ::2]
         strange_source = source("gentle", strange.pop(), gain, offset)
         yield "memory layout does not matter", torch.equal(scan(*strange, strange_source, state)[0], whole)
+
+        lists = [
+            ("mamba2", {"lengths": [1, 0, 17, 2], "state": True}),
+            ("hgrn2", {"shared": vector, "length": 20}),
+            ("mixed", {}),
+        ]
+        same = []
+        for formula, options in lists:
+            given, lengths = tensors_of(granularity, formula, **options), options.get("lengths")
+            replay._lists.clear()
+            others = [y if y is None or i in (4, 5) else y.roll(1, dims=1) for i, y in enumerate(given)]
+            once, _, again = (outcome(decay_scan_triton, formula, y, lengths=lengths) for y in (given, others, given))
+            same.append(sum(isinstance(x, replay._List) for x in replay._lists.values()) == 2)
+            same += [torch.equal(once[name], again[name]) for name in once]
+        yield "a call done from its list gives the same bits", all(same) or same
 
     for granularity in GRANULARITIES:
         report["claims"][granularity] = dict(claims(granularity))

@@ -117,7 +117,9 @@ def test_times_on_the_gpu_alone_stand_beside_those_that_a_caller_sees():
     def timed(name, both, *alone):
         return row("scalar", name, both=(both,), fwd_gpu_repeats=[0.1] * len(alone), fwd_bwd_gpu_repeats=list(alone))
 
-    found = results(timed("ours", 0.8, 0.5), timed("ours", 0.8, 0.7), timed("chunk_simple_gla", 2.0, 1.5), timed("ours_fused", 1.0))
+    found = results(
+        timed("ours", 0.8, 0.5), timed("ours", 0.8, 0.7), timed("chunk_simple_gla", 2.0, 1.5), timed("ours_fused", 1.0)
+    )
     document = found.document()
     ours, peer, fused = document["rows"]
     assert (ours["fwd_bwd_gpu_ms"], peer["fwd_bwd_gpu_ms"], fused["fwd_bwd_gpu_ms"]) == (0.6, 1.5, None)
