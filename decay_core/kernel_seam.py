@@ -72,6 +72,17 @@ def explain_decay_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySour
     return str(_SELECTOR.select_decay_scan(q_bthk, v_bthv, decay))
 
 
+def scans_taken() -> tuple[str, ...]:
+    """One line for each implementation that `decay_scan` and `delta_scan` have taken since `forget_scans`, and for what."""
+    taken: tuple[str, ...] = _SELECTOR.scans_taken()
+    return taken
+
+
+def forget_scans() -> None:
+    """Begins the list of `scans_taken` anew."""
+    _SELECTOR.forget_scans()
+
+
 def explain_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> tuple[str, str] | None:
     """(the configuration of the kernels that `decay_scan` would launch, where it comes from); None where it launches none."""
     found: tuple[str, str] | None = _SELECTOR.scan_configuration(q_bthk, v_bthv, decay)
@@ -123,7 +134,7 @@ def delta_scan(
     definition.
     """
     with torch.autocast(q_bthk.device.type, enabled=False):
-        scan = _SELECTOR.select_delta_scan(q_bthk, v_bthv, log_decay).scan
+        scan = _SELECTOR.delta_scan_for(q_bthk, v_bthv, log_decay)
         tensors = (q_bthk, k_bthk, v_bthv, beta_bth, log_decay)
         o_bthv, state = scan(*tensors, beta_on_write, initial_state_bhkv, output_final_state)
     return o_bthv, state

@@ -29,11 +29,13 @@ from kernels.gated_norm_naive import gated_norm_naive
 from kernels.triton_toolchain import choose_ptxas, on_hopper
 
 OVERRIDE = "DECAY_KERNEL"
+_KINDS = {0: "no", 3: "scalar", 4: "vector"}  # by the dimensions of log λ
 HALF = (torch.float16, torch.bfloat16)
 Scan = Callable[..., Any]
 _DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
 _DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
 _said: set[str] = set()
+_taken: dict[tuple[Any, ...], None] = {}  # in order
 log = logging.getLogger(__name__)
 
 
@@ -67,11 +69,29 @@ def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySourc
 def decay_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> Scan:
     """The scan that `select_decay_scan` chooses; where the kernels are not chosen for a shape they lack, a warning says so
     once."""
-    _, scan, refusal = _decay_scan(q_bthk, v_bthv)
-    if refusal and _wanted(q_bthk) and not torch.compiler.is_compiling() and refusal not in _said:
+    name, scan, refusal = _decay_scan(q_bthk, v_bthv)
+    if torch.compiler.is_compiling():
+        return scan
+    if refusal and _wanted(q_bthk) and refusal not in _said:
         _said.add(refusal)
         log.warning("%s; the scan in plain torch runs instead", refusal)
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    _taken[("decay scan", name, x.dim(), q_bthk.shape[-1], v_bthv.shape[-1], q_bthk.dtype, q_bthk.device.type)] = None
     return scan
+
+
+def scans_taken() -> tuple[str, ...]:
+    """One line for each implementation of a scan that has been taken since `forget_scans`, outside of torch.compile, and for
+    what: such as "decay scan: triton (vector decay, K=64, V=64, bfloat16 on cuda)"."""
+    return tuple(
+        f"{recurrence}: {name} ({_KINDS[dims]} decay, K={k}, V={v}, {str(dtype).removeprefix('torch.')} on {device})"
+        for recurrence, name, dims, k, v, dtype, device in _taken
+    )
+
+
+def forget_scans() -> None:
+    """Begins the list of `scans_taken` anew."""
+    _taken.clear()
 
 
 def fuses(q_bthk: Tensor, v_bthv: Tensor) -> bool:
@@ -134,6 +154,16 @@ def toolchain() -> str:
     return choose_ptxas()
 
 
+def delta_scan_for(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Scan:
+    """The scan that `select_delta_scan` chooses."""
+    choice = select_delta_scan(q_bthk, v_bthv, log_decay)
+    dims = 0 if log_decay is None else log_decay.dim()
+    if not torch.compiler.is_compiling():
+        widths = q_bthk.shape[-1], v_bthv.shape[-1]
+        _taken[("delta scan", choice.name, dims, *widths, q_bthk.dtype, q_bthk.device.type)] = None
+    return choice.scan
+
+
 def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:
     """Returns the delta scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
     what = _described(q_bthk, v_bthv, log_decay)
@@ -175,5 +205,5 @@ def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | Non
 
 
 def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:
-    kind = "no" if log_decay is None else "vector" if log_decay.dim() == 4 else "scalar"
+    kind = _KINDS[0 if log_decay is None else log_decay.dim()]
     return f"{kind} decay, K={q_bthk.shape[-1]}, V={v_bthv.shape[-1]}, {q_bthk.dtype} on {q_bthk.device.type}"

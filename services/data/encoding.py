@@ -92,8 +92,10 @@ def _expected(batch: Batch, plan: Plan) -> Record | None:
 
 
 def _changed(plan: Plan) -> CacheError:
-    return CacheError(f"token cache {plan.writer.folder}: damaged, and the text has changed since it was made; "
-                      "delete the folder and prepare again")
+    return CacheError(
+        f"token cache {plan.writer.folder}: damaged, and the text has changed since it was made; "
+        "delete the folder and prepare again"
+    )
 
 
 def _check_disk(batch: Batch, plan: Plan) -> None:
@@ -107,8 +109,10 @@ def _check_disk(batch: Batch, plan: Plan) -> None:
     need = int(whole * bytes_per_text_byte * SPARE_DISK) - there
     free = shutil.disk_usage(plan.writer.folder).free
     if need > free:
-        raise CacheError(f"token cache {plan.writer.folder}: no disk space: about {need / 1e9:.3g} GB are needed, "
-                         f"{free / 1e9:.3g} GB are free; free some or choose another cache folder")
+        raise CacheError(
+            f"token cache {plan.writer.folder}: no disk space: about {need / 1e9:.3g} GB are needed, "
+            f"{free / 1e9:.3g} GB are free; free some or choose another cache folder"
+        )
 
 
 @contextmanager
@@ -117,13 +121,19 @@ def _pool(plan: Plan) -> Iterator[_Submit]:
     if plan.workers == 1:
         yield lambda batch, expected: _done(plan.writer.write(batch, plan.tokenizer, expected))
         return
-    pool = ProcessPoolExecutor(plan.workers, mp_context=multiprocessing.get_context("spawn"),
-                               initializer=_start_worker, initargs=(plan.tokenizer.to_str(),))
+    pool = ProcessPoolExecutor(
+        plan.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(plan.tokenizer.to_str(),),
+    )
     try:
         yield lambda batch, expected: pool.submit(_write_in_worker, plan.writer, batch, expected)
     except BrokenProcessPool:
-        raise CacheError(f"token cache {plan.writer.folder}: a tokenising process died (out of memory?); "
-                         "run again with fewer workers: finished batches are kept") from None
+        raise CacheError(
+            f"token cache {plan.writer.folder}: a tokenising process died (out of memory?); "
+            "run again with fewer workers: finished batches are kept"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

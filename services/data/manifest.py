@@ -21,10 +21,14 @@ MANIFEST = "manifest.json"
 def digest(manifest: dict[str, Any]) -> str:
     """sha256 over the content that decides what a model sees: no path, no time, no library version."""
     spec = {key: manifest["spec"][key] for key in ("boundary", "held_out_percent", "max_documents")}
-    content = {"format": manifest["format"], "dtype": manifest["dtype"], "spec": spec,
-               "tokenizer": manifest["tokenizer"]["sha256"],
-               "held_out_documents": manifest["held_out"]["documents_sha256"],
-               "shards": [[record[split]["sha256"] for split in SPLITS] for record in manifest["shards"]]}
+    content = {
+        "format": manifest["format"],
+        "dtype": manifest["dtype"],
+        "spec": spec,
+        "tokenizer": manifest["tokenizer"]["sha256"],
+        "held_out_documents": manifest["held_out"]["documents_sha256"],
+        "shards": [[record[split]["sha256"] for split in SPLITS] for record in manifest["shards"]],
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -50,9 +54,11 @@ def unigram_figures(train: NDArray[np.int64], held_out: NDArray[np.int64]) -> di
     """
     predicted = np.log(train + 1.0) - np.log(train.sum() + float(len(train)))
     some = bool(held_out.sum())
-    return {"unigram_entropy_nats": _cross_entropy(held_out, _log_share(held_out)) if some else None,
-            "train_unigram_entropy_nats": _cross_entropy(train, _log_share(train)),
-            "unigram_cross_entropy_nats": _cross_entropy(held_out, predicted) if some else None}
+    return {
+        "unigram_entropy_nats": _cross_entropy(held_out, _log_share(held_out)) if some else None,
+        "train_unigram_entropy_nats": _cross_entropy(train, _log_share(train)),
+        "unigram_cross_entropy_nats": _cross_entropy(held_out, predicted) if some else None,
+    }
 
 
 def _log_share(counts: NDArray[np.int64]) -> NDArray[np.float64]:

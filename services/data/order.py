@@ -36,8 +36,10 @@ class SampleOrder:
 
     def __post_init__(self) -> None:
         if self.n_windows < 1:
-            raise ValueError(f"sample order: {self.n_windows} windows; the text is shorter than one sequence, "
-                             "use more text or a shorter seq_len")
+            raise ValueError(
+                f"sample order: {self.n_windows} windows; the text is shorter than one sequence, "
+                "use more text or a shorter seq_len"
+            )
 
     def ids(self, step: int, batch_size: int) -> list[int]:
         """The `batch_size` window ids of optimizer step `step` (0-based); a batch may span epochs.
@@ -45,8 +47,10 @@ class SampleOrder:
         Raises ValueError for a negative step or an empty batch.
         """
         if step < 0 or batch_size < 1:
-            raise ValueError(f"sample order: step {step} with batch size {batch_size}; "
-                             "a step counts from 0 and a batch holds at least 1 sequence")
+            raise ValueError(
+                f"sample order: step {step} with batch size {batch_size}; "
+                "a step counts from 0 and a batch holds at least 1 sequence"
+            )
         first, end = step * batch_size, (step + 1) * batch_size
         ids: list[int] = []
         while first < end:
@@ -76,10 +80,12 @@ def shard(ids: Sequence[int], rank: int, world: int) -> list[int]:
     if not 0 <= rank < world:
         raise ValueError(f"sample order: rank {rank} of {world} ranks does not exist")
     if len(ids) % world:
-        raise ValueError(f"sample order: a batch of {len(ids)} sequences cannot be shared equally by {world} ranks; "
-                         f"use a multiple of {world}")
+        raise ValueError(
+            f"sample order: a batch of {len(ids)} sequences cannot be shared equally by {world} ranks; "
+            f"use a multiple of {world}"
+        )
     size = len(ids) // world
-    return list(ids[rank * size:(rank + 1) * size])
+    return list(ids[rank * size : (rank + 1) * size])
 
 
 def next_hash(prev_hex: str, step: int, ids: Sequence[int]) -> str:

@@ -63,8 +63,10 @@ def document_sum(document: str) -> bytes:
     try:
         return hashlib.sha256(document.encode()).digest()
     except UnicodeEncodeError as error:
-        raise SourceError(f"a document starting {document[:40]!r} is not valid Unicode ({error.reason}, character "
-                          f"{error.start}); clean the data") from None
+        raise SourceError(
+            f"a document starting {document[:40]!r} is not valid Unicode ({error.reason}, character "
+            f"{error.start}); clean the data"
+        ) from None
 
 
 def is_held_out(sum_: bytes, percent: float) -> bool:
@@ -115,16 +117,21 @@ class Writer:
 
         Raises CacheError where the tokens differ from `expected` (nothing is written then), OSError from the disk.
         """
-        record: Record = {"batch": batch.number, "text_sha256": batch.text_sha256,
-                          "tokenizer_sha256": self.tokenizer_sha256}
+        record: Record = {"batch": batch.number, "text_sha256": batch.text_sha256, "tokenizer_sha256": self.tokenizer_sha256}
         tokens = {split: encode(getattr(batch, split), tokenizer, self.end_of_text, self.dtype) for split in SPLITS}
         for split in SPLITS:
-            record[split] = {"file": f"{batch.number:05d}.{split}.arrow", "documents": len(getattr(batch, split)),
-                             "text_bytes": getattr(batch, f"{split}_bytes"), "tokens": len(tokens[split]),
-                             "sha256": token_sum(tokens[split])}
+            record[split] = {
+                "file": f"{batch.number:05d}.{split}.arrow",
+                "documents": len(getattr(batch, split)),
+                "text_bytes": getattr(batch, f"{split}_bytes"),
+                "tokens": len(tokens[split]),
+                "sha256": token_sum(tokens[split]),
+            }
             if expected is not None and record[split]["sha256"] != expected[split]["sha256"]:
-                raise CacheError(f"token cache {self.folder}: {record[split]['file']} cannot be restored, today's text "
-                                 "or tokenizer gives other tokens; delete the folder and prepare again")
+                raise CacheError(
+                    f"token cache {self.folder}: {record[split]['file']} cannot be restored, today's text "
+                    "or tokenizer gives other tokens; delete the folder and prepare again"
+                )
         for split in SPLITS:
             frame = _frame(tokens[split])
             record[split]["file_bytes"] = len(frame)
@@ -163,8 +170,10 @@ def read_tokens(path: Path) -> NDArray[Any]:
             column = pa.ipc.open_file(file).read_all().column("tokens")
         chunks = [chunk.to_numpy(zero_copy_only=True) for chunk in column.chunks]
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise CacheError(f"token cache: {path} cannot be read ({type(error).__name__}); "
-                         "prepare again, which rebuilds this file, or delete the folder") from None
+        raise CacheError(
+            f"token cache: {path} cannot be read ({type(error).__name__}); "
+            "prepare again, which rebuilds this file, or delete the folder"
+        ) from None
     return chunks[0] if chunks else np.empty(0, dtype=column.type.to_pandas_dtype())
 
 

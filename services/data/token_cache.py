@@ -75,8 +75,7 @@ class TokenCache:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.train, self.held_out = (TokenStream(path, [record[split] for record in manifest["shards"]])
-                                     for split in SPLITS)
+        self.train, self.held_out = (TokenStream(path, [record[split] for record in manifest["shards"]]) for split in SPLITS)
 
     @property
     def digest(self) -> str:
@@ -140,8 +139,10 @@ def prepare(spec: DataSpec, cache_root: Path, *, workers: int = 1, progress: boo
             return _open_or_build(_Job(spec=spec, source=source, folder=folder, workers=workers, progress=progress))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(f"token cache {folder}: no disk space left; free some or choose another cache folder, "
-                             "then run again: finished batches are kept") from error
+            raise CacheError(
+                f"token cache {folder}: no disk space left; free some or choose another cache folder, "
+                "then run again: finished batches are kept"
+            ) from error
         raise CacheError(f"token cache {folder}: {error.strerror or error}; check the folder") from error
 
 
@@ -173,8 +174,10 @@ def _open_or_build(job: _Job) -> TokenCache:
             known = read_manifest(job.folder)  # raises where not a shard but the manifest itself is damaged
     manifest = _build(job, known)
     if known is not None and manifest["digest"] != known["digest"]:
-        raise CacheError(f"token cache {job.folder}: damaged, and the text has changed since it was made; "
-                         "delete the folder and prepare again")
+        raise CacheError(
+            f"token cache {job.folder}: damaged, and the text has changed since it was made; "
+            "delete the folder and prepare again"
+        )
     write_atomically(job.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     return open_cache(job.folder)
 
@@ -187,14 +190,26 @@ def _build(job: _Job, known: dict[str, Any] | None) -> dict[str, Any]:
     tokenizer = tokenizers.build(spec.tokenizer, job.training_documents())
     sum_, entries = tokenizers.digest(tokenizer), tokenizer.get_vocab_size()
     if known is not None and known["tokenizer"]["sha256"] != sum_:
-        raise CacheError(f"token cache {folder}: damaged, and its tokenizer cannot be made again from today's text; "
-                         "delete the folder and prepare again")
+        raise CacheError(
+            f"token cache {folder}: damaged, and its tokenizer cannot be made again from today's text; "
+            "delete the folder and prepare again"
+        )
     write_atomically(folder / TOKENIZER, tokenizer.to_str().encode())
-    writer = Writer(folder=folder, tokenizer_sha256=sum_, dtype="uint16" if entries <= 1 << 16 else "uint32",
-                    end_of_text=entries - 1 if spec.boundary == "eos" else None)
-    plan = Plan(writer=writer, tokenizer=tokenizer, held_out_percent=spec.held_out_percent or 0.0,
-                known=known["shards"] if known else None, text_bytes=job.text_bytes(),
-                workers=job.workers, progress=job.progress)
+    writer = Writer(
+        folder=folder,
+        tokenizer_sha256=sum_,
+        dtype="uint16" if entries <= 1 << 16 else "uint32",
+        end_of_text=entries - 1 if spec.boundary == "eos" else None,
+    )
+    plan = Plan(
+        writer=writer,
+        tokenizer=tokenizer,
+        held_out_percent=spec.held_out_percent or 0.0,
+        known=known["shards"] if known else None,
+        text_bytes=job.text_bytes(),
+        workers=job.workers,
+        progress=job.progress,
+    )
     records, held_out_sum = encode_batches(job.documents(), plan)
     _remove_stale(folder, records)
     return _manifest(job, writer, records, entries, held_out_sum)
@@ -219,13 +234,13 @@ def _manifest(job: _Job, writer: Writer, records: list[Record], entries: int, he
         "made_with": {name: metadata.version(name) for name in ("tokenizers", "pyarrow", "datasets")},
     }
     for split in SPLITS:
-        manifest[split] = {key: sum(record[split][key] for record in records)
-                           for key in ("documents", "tokens", "text_bytes")}
+        manifest[split] = {key: sum(record[split][key] for record in records) for key in ("documents", "tokens", "text_bytes")}
     manifest["held_out"]["documents_sha256"] = held_out_sum
     manifest["shards"] = records
     if not manifest["train"]["tokens"]:
-        raise CacheError(f"data: source {job.spec.source!r} leaves no training text; check the source, "
-                         "held_out_percent and max_documents")
+        raise CacheError(
+            f"data: source {job.spec.source!r} leaves no training text; check the source, held_out_percent and max_documents"
+        )
     cache = TokenCache(job.folder, manifest)
     manifest |= unigram_figures(cache.train.counts(entries), cache.held_out.counts(entries))
     manifest["digest"] = digest(manifest)

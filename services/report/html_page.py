@@ -91,8 +91,7 @@ def _table(table: Table) -> str:
     marks = ["n" if name in table.numeric else "" for name in table.header]
     head = "".join(_cell("th", text, mark) for text, mark in zip(table.header, marks, strict=True))
     rows = [
-        "<tr>" + "".join(_cell("td", text, mark) for text, mark in zip(row, marks, strict=True)) + "</tr>"
-        for row in table.rows
+        "<tr>" + "".join(_cell("td", text, mark) for text, mark in zip(row, marks, strict=True)) + "</tr>" for row in table.rows
     ]
     top = f"<thead><tr>{head}</tr></thead>" if any(table.header) else ""
     return f'<div class="wide"><table>{top}<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"

@@ -51,16 +51,12 @@ def moving_loss_figure(ranking: SizeRanking, element: str) -> str:
     return as_fragment(figure, element, height=480)
 
 
-def _line(
-    decay: tuple[LayerDecay, ...], scale: LambdaAxis, name: str, color: str, symbol: str, *, trained: bool
-) -> go.Scatter:
+def _line(decay: tuple[LayerDecay, ...], scale: LambdaAxis, name: str, color: str, symbol: str, *, trained: bool) -> go.Scatter:
     when = "trained" if trained else "before training"
     return go.Scatter(
         x=[d.layer for d in decay],
         y=[scale.place(d.median) for d in decay],
-        customdata=[
-            [lambda_text(d.median), lambda_text(d.p25), lambda_text(d.p75), horizon_text(d.median)] for d in decay
-        ],
+        customdata=[[lambda_text(d.median), lambda_text(d.p25), lambda_text(d.p75), horizon_text(d.median)] for d in decay],
         hovertemplate=f"<b>{name}</b>, {when}<br>layer %{{x}}: λ = %{{customdata[0]}}"
         "<br>quartiles %{customdata[1]} to %{customdata[2]}<br>remembers %{customdata[3]} tokens<extra></extra>",
         mode="lines+markers" if trained else "lines",

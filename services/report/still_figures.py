@@ -101,9 +101,7 @@ def loss_by_decay_figure(ranking: SizeRanking) -> bytes:
 
 def _loss_bar(axes: Axes, y: int, row: Configuration, unigram_entropy: float) -> None:
     color, marker = KINDS.get(row.kind, OTHER_KIND)
-    axes.plot(
-        [unigram_entropy, row.held_out_loss], [y, y], color=color, linewidth=2.2, alpha=0.45, solid_capstyle="butt"
-    )
+    axes.plot([unigram_entropy, row.held_out_loss], [y, y], color=color, linewidth=2.2, alpha=0.45, solid_capstyle="butt")
     axes.plot([row.held_out_loss], [y], marker=marker, color=color, markersize=5, linestyle="none")
 
 
@@ -155,9 +153,7 @@ def _decay_panel(axes: Axes, row: Configuration, scale: LambdaAxis) -> None:
         axes.vlines(layers, low, high, color=color, alpha=0.3, linewidth=6, zorder=2)
     if len(row.trials) > 1:
         for trial in row.trials:
-            axes.plot(
-                layers, [scale.place(p.median) for p in trial.decay_profile], color=color, linewidth=0.6, alpha=0.7
-            )
+            axes.plot(layers, [scale.place(p.median) for p in trial.decay_profile], color=color, linewidth=0.6, alpha=0.7)
     _medians(axes, row.initial(), scale, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=3)
     size = 3.5 if len(trained) <= 12 else 2.0
     _medians(axes, trained, scale, color=color, linewidth=1.6, marker=marker, markersize=size, zorder=4)

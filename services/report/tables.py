@@ -160,8 +160,7 @@ def noise_sentences(ranking: SizeRanking) -> list[str]:
         sentences.append(f"Not separated: {close} of {pairs} pair{'' if pairs == 1 else 's'} of methods.")
     if len(counts) > 1:
         sentences.append(
-            f"The methods have between {counts[0]} and {counts[-1]} seeds; "
-            "one with a single seed borrows the others' spread."
+            f"The methods have between {counts[0]} and {counts[-1]} seeds; one with a single seed borrows the others' spread."
         )
     if ranking.pooled_sd == 0.0:
         sentences.append("A spread of exactly zero means that the seed changed nothing: check that it is used.")
@@ -172,9 +171,7 @@ def comparability_sentences(summary: StudySummary, results: Sequence[TrialResult
     """Reasons why the losses may not be comparable, and whether the data order was the same."""
     sentences = []
     if len(results) != summary.n_finished:
-        sentences.append(
-            f"The study counts {summary.n_finished} finished trials, but {len(results)} results are given."
-        )
+        sentences.append(f"The study counts {summary.n_finished} finished trials, but {len(results)} results are given.")
     for what, values in (
         ("tokens trained on", {t.tokens for t in results}),
         ("vocabulary size", {t.vocab_size for t in results}),

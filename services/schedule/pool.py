@@ -68,8 +68,7 @@ class Pool:
         strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(size)]
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Worker)
         self._workers = [
-            actor.options(scheduling_strategy=strategies[rank]).remote(rank, size, threads, gpus)
-            for rank in range(size)
+            actor.options(scheduling_strategy=strategies[rank]).remote(rank, size, threads, gpus) for rank in range(size)
         ]
 
     def train(self, job: TrialJob) -> dict[str, Any]:

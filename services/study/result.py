@@ -76,7 +76,8 @@ class TrialResult(_Record):
     The accuracies are of recall tasks: the share of held-out answers that are the likeliest token, and of sequences with no
     wrong answer. `state_size` counts the numbers that the model keeps of one sequence after `seq_len` tokens.
     `device` is "cpu" or the GPU's name; `varied` what the study's `vary` set in the recipe; `mechanism` the SHA-256 of every
-    file that the forward pass is made of. Results of earlier releases have none of the three.
+    file that the forward pass is made of; `kernels` which implementations computed the recurrences, a line each. Results of
+    earlier releases have none of the four.
     """
 
     trial_id: Annotated[str, Field(min_length=1)]
@@ -109,6 +110,7 @@ class TrialResult(_Record):
     device: str = ""
     varied: dict[str, Any] = Field(default_factory=dict)
     mechanism: dict[str, str] = Field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

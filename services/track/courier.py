@@ -105,6 +105,7 @@ class Courier:
             values = json.loads(result.to_json())
             medians = {f"median_layer_{row.layer:02d}": round(row.median, 6) for row in result.decay_profile}
             summary = {key: values[key] for key in SUMMARY if values[key] is not None}
+            summary["kernels"] = "; ".join(values.get("kernels", ()))
             self._tracker.set_summary(delivery.run_id, summary | medians)
             self._tracker.mark(delivery.run_id, "FINISHED")
         except (MlflowException, OSError) as error:

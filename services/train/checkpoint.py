@@ -159,9 +159,7 @@ def _digest_own(scratch: Path, world: World) -> dict[str, tuple[int, str]]:
     return found
 
 
-def _commit(
-    storage: Storage, name: str, scratch: Path, position: Position, files: dict[str, tuple[int, str]]
-) -> str:
+def _commit(storage: Storage, name: str, scratch: Path, position: Position, files: dict[str, tuple[int, str]]) -> str:
     body = {"position": position.__dict__, "files": {key: list(value) for key, value in sorted(files.items())}}
     text = canonical_json(body).encode()
     digest = hashlib.sha256(text).hexdigest()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from decay_core.kernel_seam import scans_taken
 from decay_core.model import state_size
 from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
@@ -65,6 +66,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         device=device_name(trainer.world.device),
         varied=job.varied,
         mechanism=mechanism_code(job.model_config.point),
+        kernels=scans_taken(),
     )
     trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
     trainer.storage.write("result.json", result.to_json().encode())

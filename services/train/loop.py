@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from decay_core.decay_stats import decay_profile
+from decay_core.kernel_seam import forget_scans
 from decay_core.model import build_model
 from decay_core.recipe import Recipe
 from services.data.corpus import Corpus, Windows, open_corpus
@@ -73,6 +74,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Resumes or starts, trains every remaining step, finishes. Collective."""
+        forget_scans()
         self._resume()
         self._announce()
         self._clock = time.monotonic()

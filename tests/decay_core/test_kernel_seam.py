@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 USE_SEAM = """
@@ -64,3 +65,28 @@ def test_seam_works_when_decay_core_is_on_the_path_without_the_checkout(tmp_path
 
 def test_kernels_folder_has_no_init_file():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_what_was_taken_is_told_once_for_each_kind_of_tensors():
+    from decay_core import kernel_seam
+
+    q, v = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 2, 8)
+    kernel_seam.forget_scans()
+    assert kernel_seam.scans_taken() == ()
+    for _ in range(2):
+        kernel_seam.decay_scan(q, q, v, -torch.rand(1, 5, 2))
+        kernel_seam.decay_scan(q.double(), None, v.double(), -torch.rand(1, 5, 2, 16, dtype=torch.float64))
+        kernel_seam.delta_scan(q, q, v, torch.rand(1, 5, 2))
+    assert kernel_seam.scans_taken() == (
+        "decay scan: chunked (scalar decay, K=16, V=8, float32 on cpu)",
+        "decay scan: chunked (vector decay, K=16, V=8, float64 on cpu)",
+        "delta scan: chunked (no decay, K=16, V=8, float32 on cpu)",
+    )
+    os.environ["DECAY_KERNEL"] = "naive"
+    try:
+        kernel_seam.decay_scan(q, q, v, -torch.rand(1, 5, 2))
+    finally:
+        del os.environ["DECAY_KERNEL"]
+    assert kernel_seam.scans_taken()[3:] == ("decay scan: naive (scalar decay, K=16, V=8, float32 on cpu)",)
+    kernel_seam.forget_scans()
+    assert kernel_seam.scans_taken() == ()

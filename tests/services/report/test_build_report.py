@@ -87,6 +87,14 @@ def test_a_study_without_any_result_still_has_a_report(tmp_path: Path) -> None:
     assert "out of memory" in printed(console_table(summary, []))
 
 
+def test_the_table_names_the_kernels_and_counts_their_trials() -> None:
+    ours, plain = "decay scan: triton (vector decay, K=64, V=64, bfloat16 on cuda)", "decay scan: chunked (scalar decay)"
+    results = [trial(kernels=(ours,)), trial(seed=1, kernels=(ours, plain)), trial("gla-vector")]
+    said = printed(console_table(summary_of(results), results), 120)
+    assert f"{ours}: 2 trials" in said and f"{plain}: 1 trial\n" in re.sub(r" +\n", "\n", said)
+    assert "scan" not in printed(console_table(summary_of([trial()]), [trial()]), 120)
+
+
 def test_missing_results_are_counted_out_loud(tmp_path: Path) -> None:
     text = build_report(summary_of([], n_trials=3, n_finished=3), [trial()], tmp_path).markdown.read_text()
     assert "counts 3 finished trials, but 1 results are given" in text
