@@ -13,32 +13,37 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from contextvars import copy_context
+from threading import Lock
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.launching import INTERPRETED, Planned, collecting
+from kernels.launching import INTERPRETED, Planned, collecting, finished
 
 THREADS = 8
+_one_at_a_time = Lock()
 
 
 def compile_ahead(call: Callable[[], Any]) -> None:
-    """Compiles what a call on meta tensors would launch, for the current device."""
+    """Compiles what a call on meta tensors would launch, for the current device; as much of it as can be."""
     if INTERPRETED:
         return
-    with collecting() as planned, suppress(NotImplementedError):  # of an operation that has no meta version
+    with collecting() as planned, suppress(NotImplementedError, RuntimeError):  # of an operation that meta does not have
         call()
     if len(planned) > 1:
-        _compile(planned)
+        # Triton leaves its mode set where it is interrupted: in a context of its own that does not outlive this call.
+        with _one_at_a_time, suppress(Exception):
+            copy_context().run(_compile, planned)
 
 
 def _compile(planned: list[Planned]) -> None:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def load(kernel: Any) -> None:
-        compiled = kernel.result(ignore_errors=True) if isinstance(kernel, triton.FutureKernel) else kernel
+        compiled = finished(kernel)
         if compiled is not None:
             with nullcontext() if device is None else torch.cuda.device(device):
                 _ = compiled.run

@@ -220,8 +220,8 @@ class _Formula(NamedTuple):
 
 def _run(launchers, config, formula, want_state, want_saved, q, k, v, x, gain, offset, initial_state, cu_seqlens):
     """(o, final state or None, what the backward pass wants back or None). Both passes are compiled at their first call."""
-    kernels = (q.device, q.dtype, q.shape, v.shape, x.dtype, x.dim(), k is None, gain is None, offset is None)
-    kernels += (initial_state is None, cu_seqlens is None, config, formula, want_state, want_saved)
+    kernels = (q.device, q.dtype, q.shape[3], v.shape[3], x.dtype, x.dim(), k is None, gain is None, offset is None)
+    kernels += (initial_state is None, cu_seqlens is None, config, formula.kind, formula.exact, want_state, want_saved)
     if not q.is_meta and kernels not in _compiled:
         _compiled.add(kernels)
         function = partial(_run_both, launchers, config, formula, want_state, want_saved)

@@ -42,6 +42,7 @@ class Planned(NamedTuple):
 class _Place:
     """The launches of a kernel from where it is given its arguments in one order."""
 
+    kernel: Any  # kept, so that its id is nobody else's
     pointers: tuple[str, ...]
     numbers: Callable[[dict[str, Any]], tuple[Any, ...]]
     slots: tuple[int, ...]  # of the pointers in the signature
@@ -53,8 +54,8 @@ class _Place:
         names = list(kernel.arg_names)
         pointers = tuple(name for name, value in arguments.items() if value is None or isinstance(value, Tensor))
         others = [name for name in arguments if name not in pointers]
-        numbers = itemgetter(*others) if others else lambda _: ()
-        return cls(pointers, numbers, tuple(names.index(name) for name in pointers))
+        numbers = itemgetter(*others) if len(others) > 1 else lambda given: tuple(given[name] for name in others)
+        return cls(kernel, pointers, numbers, tuple(names.index(name) for name in pointers))
 
 
 _places: dict[tuple[Any, ...], _Place] = {}
@@ -70,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
     if planned is not None:
         planned.append(Planned(kernel, grid, arguments, options))
         return None
-    where = id(kernel), *arguments
+    where = id(kernel), *arguments, *options
     place = _places.get(where)
     if place is None:
         place = _places.setdefault(where, _Place.of(kernel, arguments))
@@ -93,7 +94,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
             given[slot] = address
         run(*given)
         return run
-    compiled = kernel[grid](**arguments, **options)
+    compiled = finished(kernel[grid](**arguments, **options))
     if compiled is None:
         return None
     if len(place.compiled) >= MOST:
@@ -101,6 +102,11 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
     run = compiled[(*grid, 1, 1)[:3]]
     place.compiled[key] = run, [None if name in place.pointers else arguments[name] for name in kernel.arg_names]
     return run
+
+
+def finished(compiled: Any) -> Any:
+    """A compiled kernel, waited for where another thread compiles it; None where that has failed, or there is none."""
+    return compiled.result(ignore_errors=True) if hasattr(compiled, "result") else compiled
 
 
 @contextmanager

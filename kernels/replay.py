@@ -6,8 +6,9 @@ What is surprising:
   with them is written down: operations by a dispatch mode, launches by launching.py. Later calls with tensors of the same
   shapes go down that list, and the Python of the launchers has no part in them.
 - It is written down when the same shapes come a second time: texts of ever new lengths would gain nothing.
-- Beside its tensors' shapes, strides and dtypes a function may depend on what is in `key` alone, never on their values. Where
-  the meta device does not know an operation there is no list, and the function is called as it is.
+- Beside its tensors' shapes, strides and dtypes a function may depend on what is in `key` alone, never on their values or on
+  other tensors. Where it asks for a value, or the meta device does not know an operation, there is no list, and the function is
+  called as it is.
 Source: torch.utils._python_dispatch, by which torch.fx writes down operations too.
 """
 
@@ -69,9 +70,13 @@ def _written_down(function: Callable[..., Results], tensors: Sequence[Tensor | N
     try:
         with torch.no_grad(), collecting() as events, _Operations(events):
             results = function(*given)
-    except NotImplementedError:
+        return _List(given, events, results, next(x.device for x in tensors if x is not None))
+    except (
+        NotImplementedError,
+        RuntimeError,
+        KeyError,
+    ):  # no such operation on meta; a value asked for; a tensor from elsewhere
         return None
-    return _List(given, events, results, next(x.device for x in tensors if x is not None))
 
 
 class _Operation(NamedTuple):
@@ -107,13 +112,15 @@ class _List:
         self.missing = len(given)
         steps, uses = [], {}
         for event in events:
-            touched = event.arguments if isinstance(event, Planned) else (event.args, event.kwargs, event.found)
-            tensors = [x for x in tree_leaves(touched) if isinstance(x, Tensor)]
-            for x in tensors:
-                if id(x) not in numbers:
-                    numbers[id(x)] = _Number(self.missing)
-                    self.missing += 1
-            uses |= dict.fromkeys((numbers[id(x)] for x in tensors), len(steps))
+            read = event.arguments if isinstance(event, Planned) else (event.args, event.kwargs)
+            touched = [numbers[id(x)] for x in tree_leaves(read) if isinstance(x, Tensor)]
+            for x in tree_leaves(event.found) if isinstance(event, _Operation) else ():
+                if isinstance(x, Tensor):
+                    if id(x) not in numbers:
+                        numbers[id(x)] = _Number(self.missing)
+                        self.missing += 1
+                    touched.append(numbers[id(x)])
+            uses |= dict.fromkeys(touched, len(steps))
             steps.append(_launching(event, numbers) if isinstance(event, Planned) else _operating(event, numbers, device))
         self.missing -= len(given)
         self.results = [None if x is None else numbers[id(x)] for x in results]

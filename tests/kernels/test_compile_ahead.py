@@ -1,14 +1,19 @@
 """What is compiled ahead of a first call is what that call and its backward pass then launch.
 
-No kernel runs here: launches are listed, those for tensors that hold nothing beside those for the call's own.
+No kernel of ours runs here: launches are listed, those for tensors that hold nothing beside those for the call's own.
 """
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
 from kernels import decay_scan_triton as operators
-from kernels.launching import collecting
+from kernels.compile_ahead import compile_ahead
+from kernels.launching import collecting, launch
+from kernels.triton_scalar import default_config as scalar_config
 
 CASES = {
     "scalar": {},
@@ -72,3 +77,89 @@ def test_all_kernels_of_a_call_and_its_backward_pass_are_known_before_it(case, m
                 operators._scan_backward(*given, kept, torch.empty_like(o), None, *formula)
     assert described(ahead) == described(launched) and len(launched) >= 1 + saved
     assert all(x.is_meta for launch in ahead for x in launch.arguments.values() if isinstance(x, torch.Tensor))
+
+
+def test_lengths_and_batches_do_not_compile_anew(monkeypatch):
+    monkeypatch.setattr(operators, "_compiled", set())
+    calls = []
+    monkeypatch.setattr(operators, "compile_ahead", calls.append)
+    for batch, tokens in ((1, 70), (2, 70), (2, 71), (3, 500)):
+        with collecting():
+            q = torch.randn(batch, tokens, 2, 64, dtype=torch.bfloat16)
+            operators._scan(q, q, q, q, None, None, None, None, "log", 1.0, 1.0, False, "", False, True)
+    assert len(calls) == 1
+
+
+def test_each_configuration_has_its_own_list(monkeypatch):
+    """The backward pass too, whose tensors are the same for both."""
+    q = torch.randn(2, 70, 2, 64, dtype=torch.bfloat16)
+    x = torch.randn(2, 70, 2)
+    default = scalar_config(64, 64, torch.bfloat16)
+    configs = [replace(default, backward=replace(default.backward, warps=warps)) for warps in (4, 8)]
+    monkeypatch.setattr(operators, "compile_ahead", lambda call: None)
+    for config in configs * 3:
+        monkeypatch.setattr(operators, "chosen_config", lambda *_, config=config: (config, "the test"))
+        with collecting() as launched:
+            o, _, kept = operators._scan(q, q, q, x, *[None] * 4, "log", 1.0, 1.0, False, "", False, True)
+            operators._scan_backward(q, q, q, x, *[None] * 4, kept, o, None, "log", 1.0, 1.0, False, "")
+        assert [launch.options["num_warps"] for launch in launched] == [default.forward.warps, config.backward.warps]
+
+
+class Kernel:
+    """Stands for a Triton kernel: remembers what it is to be compiled for; `run` is where one is loaded."""
+
+    arg_names = ("x", "y", "count", "WIDTH")
+
+    def __init__(self, fails=False):
+        self.warm, self.loaded, self.fails = [], 0, fails
+
+    def warmup(self, *arguments, grid, **options):
+        self.warm.append((arguments, grid, options))
+        if self.fails:
+            raise RuntimeError("out of registers")
+        return self
+
+    @property
+    def run(self):
+        self.loaded += 1
+
+
+def ahead(*kernels):
+    x = torch.empty(3, device="meta", dtype=torch.bfloat16)
+
+    def call():
+        for kernel in kernels:
+            launch(kernel, (5,), {"WIDTH": 64, "y": None, "x": x, "count": 3}, num_warps=4)
+
+    compile_ahead(call)
+
+
+def test_kernels_are_compiled_for_what_they_are_launched_with_and_loaded():
+    kernels = [Kernel(), Kernel()]
+    ahead(*kernels)
+    for kernel in kernels:
+        assert kernel.warm == [((torch.bfloat16, None, 3, 64), (5,), {"num_warps": 4})] and kernel.loaded == 1
+
+
+def test_one_kernel_is_left_to_its_launch():
+    kernel = Kernel()
+    ahead(kernel)
+    assert not kernel.warm and not kernel.loaded
+
+
+def test_what_fails_ahead_is_left_to_its_launch_and_spoils_nothing():
+    for _ in range(2):
+        ahead(Kernel(), Kernel(fails=True))
+    good = Kernel()
+    ahead(good, Kernel())
+    assert good.loaded == 1
+
+
+def test_inside_of_a_callers_own_mode_nothing_is_compiled_ahead():
+    triton = pytest.importorskip("triton")
+    kernel = Kernel()
+    with ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
+        ahead(kernel, Kernel())
+    assert not kernel.warm
+    ahead(kernel, Kernel())
+    assert kernel.loaded == 1

@@ -102,6 +102,41 @@ def test_what_is_remembered_does_not_grow_without_end(kernel, monkeypatch):
     assert sum(len(place.compiled) for place in launching._places.values()) <= 3
 
 
+def test_a_kernel_with_one_number_or_none(kernel):
+    kernel.arg_names = ("x", "count")
+    x = torch.zeros(8)
+    for given in ({"x": x, "count": 3}, {"x": x}):
+        kernel.arg_names = tuple(given)
+        for _ in range(2):
+            launch(kernel, (5,), given)
+    assert [given for _, given in kernel.launched] == [(x.data_ptr(), 3), (x.data_ptr(),)]
+
+
+def test_an_option_of_another_name_counts(kernel):
+    launch(kernel, (5,), arguments(), num_warps=4)
+    launch(kernel, (5,), arguments(), num_stages=4)
+    assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+def test_a_kernel_that_another_thread_compiles_is_waited_for(kernel):
+    class Future:  # as triton.FutureKernel of 3.7: it can be launched, and is no compiled kernel
+        def __init__(self, compiled):
+            self.compiled = compiled
+
+        def result(self, ignore_errors=False):
+            return self.compiled
+
+    class Waiting(Kernel):
+        def __getitem__(self, grid):
+            compile_and_launch = super().__getitem__(grid)
+            return lambda **given: Future(compile_and_launch(**given))
+
+    kernel = Waiting()
+    for _ in range(2):
+        launch(kernel, (5,), arguments())
+    assert len(kernel.compiled) == 1 and len(kernel.launched) == 1
+
+
 def test_what_is_collected_is_not_launched(kernel):
     given = arguments()
     with launching.collecting() as planned:

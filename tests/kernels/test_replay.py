@@ -1,6 +1,7 @@
 """A function done from a list gives what it gives when it is called, for tensors of every kind, and only where it may."""
 
 import ctypes
+import gc
 
 import pytest
 import torch
@@ -142,9 +143,27 @@ def test_unaligned_tensors_are_given_to_the_function_itself(add):
     assert calls.count("cpu") == 8  # half of them by the test
 
 
-def test_what_depends_on_values_is_called_as_it_is(add):
-    three_times(lambda x: (x[x > 0],), [(numbers(6, seed=i),) for i in range(4)])
-    assert lists() == 0
+ELSEWHERE = torch.full((6,), 2.0)
+VALUES = {
+    "a shape that follows from values": lambda x: (x[x > 0],),
+    "a number": lambda x: (x * x[0].item(),),
+    "a branch": lambda x: (x + 1 if x[0] > 0 else x - 1,),
+    "a tensor from elsewhere": lambda x: (x + ELSEWHERE,),
+    "a tensor made of a number": lambda x: (x + torch.tensor(2.0),),
+}
+
+
+@pytest.mark.parametrize("function", VALUES.values(), ids=VALUES)
+def test_what_no_list_can_say_is_called_as_it_is(function, add):
+    three_times(function, [(numbers(6, seed=i),) for i in range(5)])
+
+
+def test_another_device_has_another_list(add):
+    for _ in range(3):
+        replayed(lambda x: (x * 2, x.new_empty(3)), (numbers(6, seed=0),), ())
+    for _ in range(3):
+        found = replayed(lambda x: (x * 2, x.new_empty(3)), (numbers(6, seed=0).to("meta"),), ())
+        assert all(x.is_meta for x in found)
 
 
 def test_an_error_of_the_function_is_an_error(add):
@@ -156,22 +175,26 @@ def test_an_error_of_the_function_is_an_error(add):
             replayed(function, (numbers(6, seed=0),), ())
 
 
-def test_what_nothing_needs_any_more_is_let_go(add):
-    """At no time are there more than three of four tensors: of a chain, each is needed by the next alone."""
+def test_what_nothing_needs_any_more_is_let_go(add, monkeypatch):
+    """Of a chain each tensor is needed by the next alone: with the one given there are never more than three."""
+    alive = []
 
     def chain(x):
-        for _ in range(10):
+        for _ in range(8):
             x = added(add, x)
         return (x,)
 
-    x = numbers(6, seed=0)
-    for _ in range(2):
-        replayed(chain, (x,), ())
-    (written,) = replay._lists.values()
-    alive = [1]
-    for step, ended in written.steps:
-        alive.append(alive[-1] + (step.__name__ == "allocate") - len(ended))
-    assert max(alive) <= 3 and alive[-1] == 2
+    def counted(*arguments):
+        gc.collect()
+        alive.append(sum(type(y) is torch.Tensor and y.shape == (7, 13) and not y.is_meta for y in gc.get_objects()))
+        return original(*arguments)
+
+    original = add.add
+    monkeypatch.setattr(add, "add", counted)
+    for i in range(4):
+        replayed(chain, (numbers(7, 13, seed=i),), ())
+    assert lists() == 1 and len(alive) == 32
+    assert max(alive[-8:]) <= 3
 
 
 def test_lists_do_not_grow_without_end(add, monkeypatch):
