@@ -22,6 +22,7 @@ from services.data.corpus import Corpus
 from services.report.histogram import draw_histogram
 from services.schedule.jobs import data_record, job_of, params_of
 from services.schedule.trial import run_trial
+from services.study import faults
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, check_unchanged, next_manifest, read_manifest, write_manifest
 from services.study.plan import Plan, Trial
@@ -83,6 +84,7 @@ class Run:
                 runs[trial.id] = run_id
         except (MlflowException, OSError) as error:
             raise TrackingError(f"tracking.uri {self.uri} failed ({_first_line(error)}); mend it and run again") from error
+        faults.point("driver.runs")
         manifest = replace(manifest, tracking={"uri": self.uri, "parent": tracker.parent, "runs": runs})
         write_manifest(self.storage, manifest)
         self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid())
@@ -123,8 +125,10 @@ class Run:
             if states[trial.id].state != "finished":
                 self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss)
                 self.options.say(f"{trial.name:<34} finished: held-out loss {result.held_out_loss:.4f} nats")
+                faults.point("driver.finished")
             self._draw(trial)
             if courier.ready() and courier.deliver_result(trial.id, result, limit):
+                faults.point("driver.tracked")
                 self.ledger.append("tracked", trial.id, uri=self.uri)
 
     def _draw(self, trial: Trial) -> None:
@@ -142,6 +146,7 @@ class Run:
         def carry() -> None:
             while not stop.wait(POLL_S):
                 try:
+                    faults.point("driver.poll")
                     courier.poll()
                     self._collect(courier)
                 except Exception:  # a courier's trouble must not stop training; the last _collect raises it again
@@ -197,6 +202,7 @@ class Run:
                 self.ledger.append("failed", result.config["trial"], reason=f"workers died: {reason}")
 
     def _end(self, tracker: Tracker, courier: Courier) -> Exit:
+        faults.point("driver.end")
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         names = {trial.id: trial.name for trial in self.plan.trials}
         for trial, state in states.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.study import faults
 from services.study.result import TrialResult
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker
@@ -155,6 +156,7 @@ class Courier:
             delivery.marked_running = True
         while delivery.waiting:
             delivery.sent_step = self._tracker.log_steps(delivery.run_id, delivery.waiting[:SEND_AT_ONCE], self._started_ms)
+            faults.point("driver.send")
             del delivery.waiting[:SEND_AT_ONCE]
 
     def _files(self, trial: str, run_id: str, limit_bytes: float) -> None:

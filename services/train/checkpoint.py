@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from services.study import faults
 from services.study.storage import Storage, canonical_json, fsync_folder, write_atomically
 from services.train.engine import Engine
 from services.train.job import TrialFailed, World
@@ -59,6 +60,7 @@ def save(
 ) -> str:
     """Writes and commits one checkpoint; collective. `files` are rank 0's own. Returns the checkpoint's digest."""
     name = folder_name(position.step)
+    faults.point("checkpoint.begin", rank=world.rank, step=position.step)
     scratch = _agree(str(_scratch(storage, name)) if world.leads else None, world)
     os.makedirs(scratch, exist_ok=True)
     _barrier(world)
@@ -67,6 +69,7 @@ def save(
     if world.leads:
         for file, data in files.items():
             Path(scratch, file).write_bytes(data)
+    faults.point("checkpoint.write", rank=world.rank, step=position.step)
     _barrier(world)
     digests = _gather(_digest_own(Path(scratch), world), world)
     digest = ""
@@ -76,6 +79,7 @@ def save(
         if listed != there:  # a network file system showed the ranks different listings
             raise OSError(f"{scratch}: the ranks digested {len(listed)} files, there are {len(there)}")
         digest = _commit(storage, name, Path(scratch), position, {k: v for part in digests for k, v in part.items()})
+        faults.point("checkpoint.committed", step=position.step)
         _retain(storage)
     return _agree(digest, world)
 
@@ -171,6 +175,7 @@ def _commit(
         shutil.rmtree(scratch)
         return digest
     write_atomically(scratch / COMPLETE, text)
+    faults.point("checkpoint.commit", step=position.step)
     final = storage.local_path / FOLDER / name
     if final.exists():  # an older attempt got this far; equal bits are no reason to trust it over what was just checked
         shutil.rmtree(final)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from decay_core.model import state_size
+from services.study import faults
 from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
 from services.train.environment import device_name
@@ -28,6 +29,7 @@ LAST_LOSSES = 100
 
 def finish(trainer: Trainer) -> dict[str, Any]:
     """Profile, export and result of a trained trial. Collective; rank 0 writes and returns the result."""
+    faults.point("finish.weights", rank=trainer.world.rank)
     profile = trainer.profile()
     weights = {name: value for name, value in trainer.engine.weights(keep=trainer.world.leads)}
     if not trainer.world.leads or trainer.log is None:
@@ -66,8 +68,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         varied=job.varied,
         mechanism=mechanism_code(job.model_config.point),
     )
+    faults.point("finish.result")
     trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
     trainer.storage.write("result.json", result.to_json().encode())
+    faults.point("finish.done")
     values: dict[str, Any] = json.loads(result.to_json())
     return values
 

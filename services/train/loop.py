@@ -26,6 +26,7 @@ from decay_core.model import build_model
 from decay_core.recipe import Recipe
 from services.data.corpus import Corpus, Windows, open_corpus
 from services.data.order import INITIAL_HASH, SampleOrder, next_hash, shard
+from services.study import faults
 from services.study.ledger import Ledger
 from services.study.storage import Storage
 from services.train import checkpoint
@@ -113,6 +114,7 @@ class Trainer:
         observed = (step + 1) % recipe.telemetry_every == 0 or step == 0
         if observed:
             self.telemetry.begin()
+        faults.point("train.data", rank=self.world.rank, step=step + 1)
         ids = self.order.ids(step, recipe.batch_size)
         tokens_bt, targets_bt = self._batch(self.cache.train, shard(ids, self.world.rank, self.world.size))
         parts = self.engine.accumulate
@@ -121,7 +123,9 @@ class Trainer:
         losses = []
         for index, (micro, wanted) in enumerate(zip(tokens_bt.chunk(parts), targets, strict=True)):
             watching = observed and index == 0
+            faults.point("train.forward", rank=self.world.rank, step=step + 1)
             losses.append(self.engine.backward(micro, self.telemetry.observe if watching else None, wanted))
+            faults.point("train.reduce", rank=self.world.rank, step=step + 1)
             norm = self.engine.advance(recipe.lr_at(step))
         self._losses.append(torch.stack(losses).mean())
         self.progress.step = step + 1
@@ -146,7 +150,9 @@ class Trainer:
             if self.world.leads:
                 write_histogram(self.storage, done, stats)
         if self.log is not None:
+            faults.point("train.log", step=done)
             self.log.append(self._pending)
+            faults.point("train.logged", step=done)
         self._pending.clear()
         if save:
             self._save()
