@@ -18,8 +18,9 @@ from services.study import faults
 from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
 from services.train.environment import device_name
+from services.train.job import TrialFailed
 from services.train.step_log import parse
-from services.train.telemetry import merge_histograms
+from services.train.telemetry import damaged_histogram, merge_histograms
 
 if TYPE_CHECKING:
     from services.train.loop import Trainer
@@ -32,9 +33,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     faults.point("finish.weights", rank=trainer.world.rank)
     profile = trainer.profile()
     weights = {name: value for name, value in trainer.engine.weights(keep=trainer.world.leads)}
-    if not trainer.world.leads or trainer.log is None:
+    if trainer.log is None or trainer.fence is None:
         return {}
-    digest = _export(trainer, weights)
+    with trainer.fence.held():
+        digest = _export(trainer, weights)
     job, recipe, progress = trainer.job, trainer.recipe, trainer.progress
     losses = [record["train/loss"] for record in parse(trainer.log.content())]
     tokens = recipe.steps * recipe.batch_size * recipe.seq_len
@@ -69,8 +71,12 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         mechanism=mechanism_code(job.model_config.point),
     )
     faults.point("finish.result")
-    trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
-    trainer.storage.write("result.json", result.to_json().encode())
+    lost = damaged_histogram(trainer.storage, progress.histograms)
+    if lost:
+        raise TrialFailed(f"{trainer.storage.root}/{lost} is missing or damaged; run again to go on from an older checkpoint")
+    with trainer.fence.held():
+        trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
+        trainer.storage.write("result.json", result.to_json().encode())
     faults.point("finish.done")
     values: dict[str, Any] = json.loads(result.to_json())
     return values

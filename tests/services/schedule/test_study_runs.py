@@ -166,7 +166,7 @@ def test_a_warm_worker_gives_the_same_bits_in_any_order(ray_head, write_study, d
     assert ends[0] == ends[1]
 
 
-def test_sigterm_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, left, wait):
+def test_sigterm_saves_every_trial_and_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, left, wait):
     storage = tmp_path / "runs"
     # long enough that no machine finishes it before the signal has been heard
     path = write_study("stop", decays=("hgrn2",), steps=4000, recipe={"checkpoint_every": 100})
@@ -180,6 +180,11 @@ def test_sigterm_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, lef
     assert "Traceback" not in log(tmp_path, "stopped.log")
     assert "RUNNING" not in stopped.statuses()
     assert not (storage / "stop" / "lease.json").exists()
+    (trial,) = stopped.trials()
+    (left_at,) = [event.details["step"] for event in stopped.ledger.events() if event.kind == "preempted"]
+    assert left_at > 100 and stopped.losses(trial)[-1][0] == left_at
+    assert (storage / "stop" / "trials" / trial / "checkpoints" / f"step_{left_at:08d}").exists()
+    assert stopped.ledger.states([trial])[trial].state == "started", "a notice is no failure"
 
 
 def test_a_study_grows_but_neither_its_file_nor_its_data_may_change(
