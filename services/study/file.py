@@ -321,7 +321,7 @@ class _NoDuplicates(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise StudyError(f"line {line}: key {_shown(key)} is no word; put it in quotes or {CORRECT}")
             if any("\ud800" <= letter <= "\udfff" for letter in key):
-                raise StudyError(f"line {line}: key {ascii(key)} is no text (half a character); {CORRECT}")
+                raise StudyError(f"line {line}: key {key!a} is no text (half a character); {CORRECT}")
             if key in seen:
                 raise StudyError(f"line {line}: key {_shown(key)} stands twice; keep one")
             seen.add(key)
