@@ -69,6 +69,12 @@ def _check_answers(address: str | None) -> None:
         ) from error
 
 
+def draining_nodes() -> dict[str, int]:
+    """Nodes that Ray was told to drain: {node id: deadline in ms since 1970, 0 for none}."""
+    # Ray says it nowhere else; its own Train asks here too
+    return dict(ray._private.state.state.get_draining_nodes() or {})
+
+
 def disconnect() -> None:
     """Leaves the cluster; one that `connect` started ends."""
     ray.shutdown()

@@ -20,6 +20,7 @@ from ray import tune
 
 from services.data.corpus import Corpus
 from services.report.histogram import draw_histogram
+from services.schedule.cluster import draining_nodes
 from services.schedule.jobs import data_record, job_of, params_of
 from services.schedule.trial import run_trial
 from services.study import faults
@@ -34,6 +35,7 @@ from services.study.secrets import without_password
 from services.study.storage import Storage
 from services.track.courier import Courier
 from services.track.runs import MlflowException, Tracker, TrackingError
+from services.train.notice import tell_nodes
 
 log = logging.getLogger(__name__)
 POLL_S = 1.0
@@ -187,8 +189,13 @@ class Run:
         stop = threading.Event()
 
         def carry() -> None:
+            told: dict[str, int] = {}
             while not stop.wait(POLL_S):
                 try:
+                    drained = draining_nodes()
+                    if drained != told:
+                        tell_nodes(self.storage, self.fence.driver, drained)
+                        told = drained
                     faults.point("driver.poll")
                     courier.poll()
                     self._collect(courier)

@@ -67,7 +67,7 @@ class _Plan:
     def _claim(self, fault: dict[str, Any], where: dict[str, Any]) -> bool:
         """Writes the next free record of this fault; False when all of its times are used up."""
         body = {"name": fault["name"], "point": fault["point"], "phase": POINTS[fault["point"]], "action": fault["action"],
-                "where": where, "pid": os.getpid(), "time": time.time()}  # fmt: skip
+                "where": where, "pid": os.getpid(), "node": os.environ.get("DECAY_NODE"), "time": time.time()}  # fmt: skip
         for number in range(fault.get("times", 1)):
             try:
                 fd = os.open(self.fired / f"{fault['name']}.{number}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)

@@ -5,10 +5,10 @@ from harness import PHASES, worker_kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-QUICK = ("train.optimizer", "checkpoint.write", "checkpoint.commit", "finish.result")
+QUICK = ("train.optimizer", "checkpoint.commit")
 
 
-def test_kills_in_the_phases_that_lose_most_change_no_bit(place, quiet, verdict):
+def test_kills_inside_the_optimizer_and_before_a_commit_change_no_bit(place, quiet, verdict):
     broken = place()
     kills = [kill for kill in worker_kills(seed=1, count=len(PHASES), steps=24) if kill["point"] in QUICK]
     broken.plan(kills)

@@ -54,6 +54,7 @@ def events(folder, kind):
     return [event["details"] for event in found if event["kind"] == kind]
 
 
+@pytest.mark.faults
 def test_a_notice_is_answered_by_a_checkpoint_and_one_that_nobody_acts_on_expires(launch, train, tmp_path):
     notice = tmp_path / "notice"
     pause = [{"name": "pause", "point": "train.forward", "where": {"step": 6}, "action": "slow", "seconds": 3}]
