@@ -43,6 +43,7 @@ from services.train.telemetry import Telemetry, as_metrics, file_name, write_his
 log = logging.getLogger(__name__)
 LOG_EVERY = 10
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+SHOWN_WINDOWS = 16  # of a batch whose loss is not finite
 PROFILE_KEYS = ("median", "p25", "p75", "mean", "min", "max")
 PROFILE_TOKENS = 2048  # the paper's decay figures: one forward over 2048 tokens
 
@@ -208,9 +209,11 @@ class Trainer:
         for record in self._pending:
             for key in ("train/loss", "train/grad_norm", "held_out/loss"):
                 if not is_finite(record.get(key, 0.0)):
+                    windows = self.order.ids(record["step"] - 1, self.recipe.batch_size)
+                    said = ", ".join(map(str, windows[:SHOWN_WINDOWS])) + (" ..." if len(windows) > SHOWN_WINDOWS else "")
                     raise TrialFailed(
-                        f"{key} is {record[key]} at step {record['step']}; last checkpoint kept; "
-                        "lower recipe.lr or raise precision, under another study name"
+                        f"{key} is {record[key]} at step {record['step']} (windows {said} of the training data); last "
+                        "checkpoint kept; lower recipe.lr or raise precision, under another study name"
                     )
 
     def _save(self) -> None:
