@@ -28,7 +28,7 @@ from services.study.fence import Fence, Fenced
 from services.study.file import StudyError
 from services.study.ledger import Ledger, TrialState
 from services.study.manifest import Manifest, check_unchanged, drift, next_manifest, read_manifest, write_manifest
-from services.study.outcome import digest_of, result_file, result_of
+from services.study.outcome import check_steps, digest_of, result_file, result_of
 from services.study.plan import Plan, Trial
 from services.study.result import UnreadableResult
 from services.study.secrets import without_password
@@ -77,6 +77,7 @@ class Run:
     lost: threading.Event
     stopping: threading.Event
     _unreadable: set[str] = field(default_factory=set)
+    _untracked: set[str] = field(default_factory=set)  # tracked once, by an MLflow store that is not there any more
 
     @property
     def _where(self) -> str:
@@ -106,6 +107,8 @@ class Run:
         except (MlflowException, OSError) as error:
             raise TrackingError(f"tracking.uri {self._where} failed ({_first_line(error)}); mend it and run again") from error
         faults.point("driver.runs")
+        known = manifest.tracking.get("runs", {}) if manifest.tracking.get("uri") == self._where else {}
+        self._untracked = {trial for trial, run in runs.items() if known.get(trial, run) != run}
         manifest = replace(manifest, tracking={"uri": self._where, "parent": tracker.parent, "runs": runs})
         with self.fence.held():
             write_manifest(self.storage, manifest)
@@ -146,7 +149,7 @@ class Run:
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         for trial in missing:
             if states[trial.id].state == "finished":
-                self.options.say(f"{trial.name:<34} its result was damaged or gone; writing it again from its last checkpoint")
+                self.options.say(f"{trial.name:<34} result or step log was damaged; written again from the last checkpoint")
                 self.storage.delete(result_file(trial.id))
 
     def _collect(self, courier: Courier) -> None:
@@ -154,7 +157,7 @@ class Run:
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         limit = self.plan.study.tracking.log_model_max_gib * 2**30
         for trial in self.plan.trials:
-            if states[trial.id].tracked_in == self._where:
+            if states[trial.id].tracked_in == self._where and trial.id not in self._untracked:
                 continue
             raw = self.storage.read(result_file(trial.id))
             if raw is None:
@@ -168,13 +171,16 @@ class Run:
                 self._unreadable.add(trial.id)
                 continue
             if states[trial.id].state != "finished":
-                self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss, result_sha256=digest_of(raw))
+                steps = self.storage.read(f"trials/{trial.id}/steps.jsonl") or b""
+                sums = {"result_sha256": digest_of(raw), "steps_sha256": digest_of(steps)}
+                self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss, **sums)
                 self.options.say(f"{trial.name:<34} finished: held-out loss {result.held_out_loss:.4f} nats")
                 faults.point("driver.finished")
             self._draw(trial)
             if courier.ready() and courier.deliver_result(trial.id, result, limit):
                 faults.point("driver.tracked")
                 self.ledger.append("tracked", trial.id, uri=self._where)
+                self._untracked.discard(trial.id)
 
     def _draw(self, trial: Trial) -> None:
         table = self.storage.read(f"trials/{trial.id}/histograms.parquet")
@@ -278,7 +284,7 @@ class Run:
                 courier.mark_ended(trial, "FAILED" if state.state in ("failed", "quarantined") else "KILLED")
         complete = all(state.state == "finished" for state in states.values())
         complete = complete and not spoilt(self.storage, self.plan, states)
-        tracked = all(state.tracked_in == self._where for state in states.values())
+        tracked = not self._untracked and all(state.tracked_in == self._where for state in states.values())
         try:
             tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
         except (MlflowException, OSError) as error:
@@ -290,7 +296,7 @@ class Run:
 
 
 def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[str]:
-    """Finished trials whose result is damaged or gone and can be written again from a checkpoint.
+    """Finished trials whose result or step log is damaged or gone and can be written again from a checkpoint.
 
     Raises StudyError naming the file where it cannot.
     """
@@ -300,6 +306,7 @@ def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[s
             continue
         try:
             result_of(storage, trial.id, states[trial.id])
+            check_steps(storage, trial.id, states[trial.id])
         except UnreadableResult as error:
             if not storage.list(f"trials/{trial.id}/checkpoints"):
                 raise StudyError(f"{error} (it has no checkpoint to write it from)") from error

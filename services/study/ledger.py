@@ -48,6 +48,7 @@ class TrialState:
     preemptions: int = 0
     deaths: int = 0
     result_sha256: str = ""
+    steps_sha256: str = ""
 
 
 class Ledger:
@@ -112,7 +113,8 @@ def _next_state(old: TrialState, event: Event) -> TrialState:
     if event.kind == "tracked":
         counted = replace(counted, tracked=True, tracked_in=str(event.details.get("uri", "")))
     if event.kind == "finished":
-        counted = replace(counted, result_sha256=str(event.details.get("result_sha256", "")))
+        result, steps = (str(event.details.get(key, "")) for key in ("result_sha256", "steps_sha256"))
+        counted = replace(counted, result_sha256=result, steps_sha256=steps)
     if old.state == "finished" or event.kind in ("finished", "tracked"):
         return replace(counted, state="finished", reason="")
     if event.kind in ("failed", "quarantined"):

@@ -18,8 +18,16 @@ def result_file(trial: str) -> str:
 
 
 def digest_of(raw: bytes) -> str:
-    """What the ledger notes of a result."""
+    """What the ledger notes of a result and of a step log."""
     return hashlib.sha256(raw).hexdigest()
+
+
+def check_steps(storage: Storage, trial: str, state: TrialState) -> None:
+    """Raises UnreadableResult where the step log of a finished trial is not what it was when the trial finished."""
+    name = f"trials/{trial}/steps.jsonl"
+    if state.steps_sha256 and digest_of(storage.read(name) or b"") != state.steps_sha256:
+        where = f"{storage.root}/{name}"
+        raise UnreadableResult(f"{where} has other bytes than when the trial finished; run again to write it anew")
 
 
 def result_of(storage: Storage, trial: str, state: TrialState) -> TrialResult | None:

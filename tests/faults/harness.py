@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -242,14 +243,16 @@ def worker_kills(seed: int, count: int, steps: int, every: int = 4, ranks: int =
 def recovery(place: Place) -> list[tuple[float, int]]:
     """For each fault that fired, in order: seconds until the next attempt stood where it goes on, and steps done twice.
 
-    A fault after which no attempt was needed counts until the trial was finished.
+    A fault after which no attempt was needed counts until the trial was finished; one that the next fault followed before
+    that says nothing about recovery and is left out.
     """
-    events = place.events()
+    events, records = place.events(), place.fired()
     found = []
-    for record in place.fired():
+    for number, record in enumerate(records):
         after = [event for event in events if event.time_ns / 1e9 > record["time"]]
         ends = [event for event in after if event.kind in ("attempt", "finished", "tracked")]
-        if not ends:
+        following = records[number + 1]["time"] if number + 1 < len(records) else math.inf
+        if not ends or ends[0].time_ns / 1e9 > following:
             continue
         step, resumed = record["where"].get("step"), ends[0].details.get("from_step")
         repeated = max(0, step - 1 - resumed) if step is not None and resumed is not None else 0
