@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-gpu test-paper lint bench-orchestration clean
+.PHONY: setup demo test test-fast test-faults soak test-gpu test-paper lint bench-orchestration clean
 
 setup: $(VENV)/.ready
 
@@ -23,10 +23,23 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper'
+	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper and not faults'
 
 test-fast: setup
-	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper and not slow'
+	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper and not faults and not slow'
+
+# Kills of workers, drivers and nodes in every phase, whole studies each: about an hour on two cores. Prints the table of docs/reliability.md.
+test-faults: setup
+	@mkdir -p runs
+	DECAY_FAULT_TABLE=$(CURDIR)/runs/faults.jsonl $(BIN)/python -m pytest -q -s -m "faults and not gpu" tests
+	$(BIN)/python tests/faults/table.py runs/faults.jsonl
+
+# Random kills of every kind over small whole studies until SOAK_KILLS more have fired; each call goes on where the last one stopped.
+SOAK_KILLS ?= 20
+SOAK_SEED ?= 1
+soak: setup
+	$(BIN)/python tests/faults/soak.py --seed $(SOAK_SEED) --kills $(SOAK_KILLS) --folder runs/soak
+	$(BIN)/python tests/faults/table.py runs/soak/seed-$(SOAK_SEED)/rows.jsonl
 
 test-gpu: setup
 	$(BIN)/python -m pytest -x -q -m gpu

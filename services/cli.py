@@ -25,6 +25,11 @@ StorageOption = Annotated[str | None, typer.Option("--storage", help="folder or 
 FormatOption = Annotated[Literal["table", "csv"], typer.Option("--format", help="for a person, or for a program")]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; default RAY_ADDRESS or this machine")]
 
+DriftOption = Annotated[
+    bool, typer.Option("--accept-drift", help="go on although data, tokenizer or code have changed; it is written down")
+]
+RetryOption = Annotated[bool, typer.Option("--retry-quarantined", help="give quarantined trials another chance")]
+
 
 @app.command()
 def plan(
@@ -64,20 +69,33 @@ def diff_command(
 
 
 @app.command()
-def run(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
+def run(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    accept_drift: DriftOption = False,
+    retry_quarantined: RetryOption = False,
+) -> None:
     """Run what is missing of a study; running again resumes, and a finished study runs nothing."""
     from services.schedule.driver import run_study
     from services.schedule.run import Options, to_stderr
     from services.study.file import read_study
 
     study = read_study(study_file, storage)
-    ended = run_study(study, Options(address=address, say=to_stderr))
+    options = Options(address=address, say=to_stderr, accept_drift=accept_drift, retry_quarantined=retry_quarantined)
+    ended = run_study(study, options)
     _report(study)
     raise typer.Exit(int(ended))
 
 
 @app.command()
-def resume(study_file: StudyFile, storage: StorageOption = None, address: AddressOption = None) -> None:
+def resume(
+    study_file: StudyFile,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    accept_drift: DriftOption = False,
+    retry_quarantined: RetryOption = False,
+) -> None:
     """Resume a study that was started before: `run`, but refused when there is nothing to resume."""
     from services.schedule.places import study_storage
     from services.study.file import StudyError, read_study
@@ -86,7 +104,7 @@ def resume(study_file: StudyFile, storage: StorageOption = None, address: Addres
     study = read_study(study_file, storage)
     if read_manifest(study_storage(study)) is None:
         raise StudyError(f"study {study.name!r} has not started in {study.storage}; start it with decay run")
-    run(study_file, storage, address)
+    run(study_file, storage, address, accept_drift, retry_quarantined)
 
 
 @app.command()
@@ -279,7 +297,9 @@ def main() -> None:
     except ValueError as refusal:  # StudyError, LeaseHeld, TrackingError, CacheError, StorageError ... are ValueErrors
         if not type(refusal).__module__.startswith(("services.", "decay_core.")):
             raise
-        typer.echo(f"decay: {refusal}", err=True)
+        from services.study.secrets import without_password
+
+        typer.echo(f"decay: {without_password(str(refusal))}", err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         typer.echo("decay: interrupted; run again to go on", err=True)

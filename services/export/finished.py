@@ -23,6 +23,7 @@ from services.study.file import Study
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, read_manifest
 from services.study.mechanism import mechanism_code
+from services.study.outcome import result_of
 from services.study.plan import Trial, make_plan
 from services.study.result import TrialResult
 from services.study.storage import Storage
@@ -74,10 +75,11 @@ def finished(study: Study, word: str) -> Iterator[Finished]:
     if manifest is None or state.state != "finished":
         said = f"is {state.state}" if manifest is not None else "has not started"
         raise ExportError(f"trial {trial.name} {said}; only a finished trial can be exported: decay run finishes it")
-    result = _result(storage, trial)
+    result = result_of(storage, trial.id, state)
+    assert result is not None
     with storage.local_copy(f"trials/{trial.id}/model") as folder:
         _check_weights(folder / WEIGHTS, result)
-        config = _config(folder / "config.json")
+        config = _config(folder / "config.json", trial)
         yield Finished(
             study=study,
             trial=trial,
@@ -88,14 +90,6 @@ def finished(study: Study, word: str) -> Iterator[Finished]:
             text=_text(manifest, storage),
             changed=_changed(result, config),
         )
-
-
-def _result(storage: Storage, trial: Trial) -> TrialResult:
-    name = f"trials/{trial.id}/result.json"
-    raw = storage.read(name)
-    if raw is None:
-        raise ExportError(f"{storage.root}/{name} is gone although the trial is finished; restore it")
-    return TrialResult.from_json(raw, where=f"{storage.root}/{name}")
 
 
 def _check_weights(path: Path, result: TrialResult) -> None:
@@ -109,11 +103,14 @@ def _check_weights(path: Path, result: TrialResult) -> None:
         )
 
 
-def _config(path: Path) -> ModelConfig:
+def _config(path: Path, trial: Trial) -> ModelConfig:
     try:
-        return ModelConfig.from_dict(json.loads(path.read_bytes()))
+        config = ModelConfig.from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} cannot be read ({error}); restore it") from error
+    if config != trial.config:
+        raise ExportError(f"{path} describes another model than the trial's; restore it")
+    return config
 
 
 def _text(manifest: Manifest, storage: Storage) -> Text | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
@@ -47,6 +49,8 @@ def connect(address: str | None, dashboard: bool) -> Capacity:
     address = address or os.environ.get("RAY_ADDRESS") or None
     _check_answers(address)
     options = {"address": address} if address else {"include_dashboard": dashboard}
+    if not address:
+        _lock_own_cluster()
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -54,6 +58,19 @@ def connect(address: str | None, dashboard: bool) -> Capacity:
         raise StudyError(f"Ray cluster {address or 'on this machine'}: {first}; start one with `ray start --head`") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Capacity(nodes=tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes))
+
+
+def _lock_own_cluster() -> None:
+    """Keeps the token of a cluster that starts here to this user: Ray asks for it by default, and makes it readable for all."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
+            stream.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(0o600)
 
 
 def _check_answers(address: str | None) -> None:
@@ -67,6 +84,12 @@ def _check_answers(address: str | None) -> None:
         raise StudyError(
             f"Ray cluster {address} does not answer ({error}); start one with `ray start --head` or correct --address"
         ) from error
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes that Ray was told to drain: {node id: deadline in ms since 1970, 0 for none}."""
+    # Ray says it nowhere else; its own Train asks here too
+    return dict(ray._private.state.state.get_draining_nodes() or {})
 
 
 def disconnect() -> None:

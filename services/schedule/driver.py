@@ -9,13 +9,15 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 from services.data.corpus import Corpus, prepare_corpus
 from services.schedule import cluster
 from services.schedule.jobs import data_record, data_spec
 from services.schedule.places import data_cache_root, study_storage, tracking_uri
-from services.schedule.run import Exit, Options, Run
+from services.schedule.run import OVER, Exit, Options, Run, spoilt
+from services.study.fence import Fence, Fenced
 from services.study.file import Study, StudyError
 from services.study.lease import Heartbeat, take
 from services.study.ledger import Ledger
@@ -23,6 +25,9 @@ from services.study.manifest import Manifest, check_unchanged, next_manifest, re
 from services.study.plan import Plan, make_plan
 from services.study.storage import Storage
 from services.track.runs import check_reachable, is_file_database
+from services.train.notice import NOTICE_S, tell_all
+
+GRACE_S = NOTICE_S - 8.0  # what is left of a notice is for the end of the run: MLflow, ledger, Ray
 
 
 def run_study(study: Study, options: Options) -> Exit:
@@ -34,22 +39,38 @@ def run_study(study: Study, options: Options) -> Exit:
         check_unchanged(old, plan)
     ledger = Ledger(storage)
     states = ledger.states(trial.id for trial in plan.trials)
-    missing = [trial for trial in plan.trials if states[trial.id].state != "finished"]
+    lost = spoilt(storage, plan, states)
+    over = {trial for trial, state in states.items() if state.state in OVER and trial not in lost}
+    if options.retry_quarantined:
+        over -= {trial for trial, state in states.items() if state.state == "quarantined"}
+    missing = [trial for trial in plan.trials if trial.id not in over]
     storage.check_writable(plan.disk_bytes(missing))
     uri = tracking_uri(study)
     check_reachable(uri)
     try:
         at_once = _capacity(plan, uri, options) if missing else 0
-        cache = _prepare_data(plan, old)
-        lease = take(storage)
+        cache = _prepare_data(plan, old, options.accept_drift, idle=not missing)
+        lease = take(storage, at_least=_last_driver(ledger))
+        fence = Fence(storage=storage, driver=lease.driver)
         try:
-            with Heartbeat(lease, on_loss=interrupt) as heartbeat, stopped_by_sigterm():
-                run = Run(plan=plan, storage=storage, ledger=ledger, uri=uri, options=options, lost=heartbeat.lost)
-                return run.go(cache, at_once)
+            with Heartbeat(lease, on_loss=interrupt) as heartbeat, stopped_by_sigterm(fence, options.say) as stopping:
+                run = Run(
+                    plan=plan, storage=storage, ledger=Ledger(storage, fence), fence=fence, uri=uri, options=options,
+                    lost=heartbeat.lost, stopping=stopping,
+                )  # fmt: skip
+                try:
+                    return run.go(cache, at_once)
+                except Fenced as replaced:
+                    options.say(f"study {study.name}: {replaced}")
+                    return Exit.INCOMPLETE
         finally:
             lease.release()
     finally:
         cluster.disconnect()
+
+
+def _last_driver(ledger: Ledger) -> int:
+    return max((int(event.details.get("driver", 0)) for event in ledger.events() if event.kind == "run"), default=0)
 
 
 def interrupt() -> None:
@@ -58,23 +79,46 @@ def interrupt() -> None:
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM (`ray job stop`, Slurm, Kubernetes) end a run in order, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: interrupt())
+def stopped_by_sigterm(fence: Fence, say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Makes SIGTERM (`ray job stop`, Slurm, Kubernetes) end a run in order: every trial saves and leaves, then the run ends.
+
+    A trial that takes longer than GRACE_S, and a second SIGTERM, end the run as Ctrl-C does. Yields what is set meanwhile.
+    """
+    stopping, over = threading.Event(), threading.Event()
+
+    def notice() -> None:
+        say("asked to stop: trials save and leave")
+        try:
+            tell_all(fence.storage, fence.driver)
+        except OSError:  # storage is away, so nobody can save
+            interrupt()
+            return
+        if not over.wait(GRACE_S):
+            interrupt()
+
+    def handle(*_: object) -> None:
+        if stopping.is_set():
+            interrupt()
+            return
+        stopping.set()
+        threading.Thread(target=notice, name="notice", daemon=True).start()
+
+    before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield
+        yield stopping
     finally:
+        over.set()
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare_data(plan: Plan, old: Manifest | None) -> Corpus:
+def _prepare_data(plan: Plan, old: Manifest | None, accept_drift: bool, idle: bool) -> Corpus:
     """The tokens of a study; a cache made just now for data that is then refused is removed again."""
     study, root = plan.study, data_cache_root(plan.study)
     there = set(root.iterdir()) if root.exists() else set()
     cache = prepare_corpus(data_spec(study), root, workers=study.data.workers)
     try:
         _check_long_enough(cache, plan)
-        next_manifest(old, plan, data_record(cache, plan.trials[0].recipe))
+        next_manifest(old, plan, data_record(cache, plan.trials[0].recipe), accept_drift, idle)
     except StudyError:
         if cache.path not in there:
             shutil.rmtree(cache.path, ignore_errors=True)  # a recall task has no files

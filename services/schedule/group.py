@@ -6,16 +6,20 @@ snapshot is written in place and a cut one blocks a run for good), and nothing i
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 from typing import Any
 
+import ray
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from services.study.fence import Fenced
 from services.train.environment import prepare_process
 from services.train.job import TrialFailed, TrialJob, World
+from services.train.notice import NODE, Preempted
 
 COLLECTIVE_TIMEOUT_S = 1800
 
@@ -25,6 +29,7 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     job = TrialJob(**config["job"])
     resources = job.rank_resources
     prepare_process(resources.threads, resources.gpus)
+    os.environ[NODE] = ray.get_runtime_context().get_node_id()
     from services.train import engine, loop
 
     context = train.get_context()
@@ -34,12 +39,13 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     engine.join(world)
     try:
         return {"result": loop.train_trial(job, world)}
-    except TrialFailed as failure:
-        return {"failed": str(failure)}
+    except Preempted as notice:
+        return {"preempted": str(notice)}
+    # a refusal is raised: where one rank alone has it, the others wait for that rank, and only an error ends them
 
 
-def train_in_group(job: TrialJob, cpus: float, max_failures: int) -> dict[str, Any]:
-    """Trains `job` in a new Train group and returns rank 0's answer. Raises Ray Train's error after `max_failures` restarts."""
+def train_in_group(job: TrialJob, cpus: float) -> dict[str, Any]:
+    """Trains `job` in a new Train group: rank 0's answer, or what a rank refused. Raises what ended a worker otherwise."""
     resources = job.rank_resources
     per_worker = {"CPU": cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     scratch = tempfile.mkdtemp(prefix="decay-train-")  # Ray Train's own state: disposable
@@ -53,11 +59,28 @@ def train_in_group(job: TrialJob, cpus: float, max_failures: int) -> dict[str, A
         run_config=train.RunConfig(
             name=f"{job.trial}-{time.time_ns()}",
             storage_path=scratch,
-            failure_config=train.FailureConfig(max_failures=max_failures),
+            failure_config=train.FailureConfig(max_failures=0),
         ),
     )
     try:
         answer: dict[str, Any] = trainer.fit().return_value
         return answer
+    except train.WorkerGroupError as error:
+        for said in error.worker_failures.values():
+            for kind, word in ((TrialFailed, "failed"), (Fenced, "fenced")):
+                if isinstance(_unwrapped(said), kind):
+                    return {word: str(_unwrapped(said))}
+        dead = [said for said in error.worker_failures.values() if isinstance(said, ray.exceptions.RayActorError)]
+        raise next(iter([*dead, *error.worker_failures.values()]), error) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unwrapped(error: Exception) -> BaseException:
+    """What the worker itself raised, below Ray's wrappings."""
+    inner: BaseException = error
+    while True:
+        below = getattr(inner, "cause", None) or inner.__cause__ or getattr(inner, "_base_exc", None)
+        if below is None or below is inner:
+            return inner
+        inner = below

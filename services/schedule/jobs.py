@@ -29,18 +29,20 @@ def data_record(cache: Corpus, recipe: Recipe) -> dict[str, Any]:
         "source": str(manifest["source"]["name"]),
         "description": str(manifest["source"]["description"]),
         "spec": manifest["spec"],
+        "tokenizer_sha256": manifest.get("tokenizer", {}).get("sha256"),
         "unigram_entropy_nats": cache.held_out.target_entropy(windows, recipe.seq_len),
         "held_out_tokens": cache.held_out.targets(windows, recipe.seq_len),
         "train_tokens": cache.train.tokens(recipe.seq_len),
     }
 
 
-def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest) -> dict[str, Any]:
+def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest, driver: int = 0) -> dict[str, Any]:
     """What a trial's workers are told."""
     resources = plan.study.resources
     per_rank = trial.recipe.batch_size // resources.workers
     return {
         "study": plan.study.name,
+        "driver": driver,
         "trial": trial.id,
         "name": trial.name,
         "method": trial.method,

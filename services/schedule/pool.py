@@ -14,10 +14,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from services.study.fence import Fenced
 from services.train.environment import device_of, prepare_process
 from services.train.job import TrialFailed, TrialJob, World
+from services.train.notice import NODE, Preempted
 
 START_TIMEOUT_S = 300.0
+CULPRIT_S = 1.0
 
 
 class Worker:
@@ -25,6 +28,7 @@ class Worker:
 
     def __init__(self, rank: int, size: int, threads: int, gpus: float) -> None:
         prepare_process(threads, gpus)
+        os.environ[NODE] = ray.get_runtime_context().get_node_id()
         self._world = World(rank=rank, size=size, device=device_of(gpus))
         from services.train import loop  # slow: imports torch and DeepSpeed, once per process
 
@@ -37,7 +41,7 @@ class Worker:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def train(self, job: dict[str, Any], address: tuple[str, int]) -> dict[str, Any]:
-        """Trains the job; {"result": ...} or {"failed": reason}."""
+        """Trains the job; {"result": ...}, {"failed": reason}, {"preempted": reason} or {"fenced": reason}."""
         from services.train import engine
 
         world = self._world
@@ -54,6 +58,10 @@ class Worker:
             return {"result": self._loop.train_trial(TrialJob(**job), world)}
         except TrialFailed as failure:
             return {"failed": str(failure)}
+        except Preempted as notice:
+            return {"preempted": str(notice)}
+        except Fenced as replaced:
+            return {"fenced": str(replaced)}
         finally:
             engine.leave()
 
@@ -78,10 +86,24 @@ class Pool:
         waiting = list(running)
         while waiting:  # the first death must not wait for ranks that hang because of it
             done, waiting = ray.wait(waiting, num_returns=1)
-            answer = ray.get(done[0])
-            if "failed" in answer:
+            try:
+                answer = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                raise self._culprit(error, waiting) from None
+            if "failed" in answer or "fenced" in answer:
                 return dict(answer)
         return dict(ray.get(running[0]))
+
+    def _culprit(self, first: Exception, waiting: list[Any]) -> Exception:
+        """The death itself where one worker died and another complained first that its peer was gone."""
+        ended, _ = ray.wait(waiting, num_returns=len(waiting), timeout=CULPRIT_S) if waiting else ([], [])
+        errors: list[Exception] = [first]
+        for reference in ended:
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                errors.append(error)
+        return next((error for error in errors if isinstance(error, ray.exceptions.RayActorError)), first)
 
     def kill(self) -> None:
         """Ends every worker at once."""
@@ -104,7 +126,7 @@ def train_in_pool(job: TrialJob, cpus: float) -> dict[str, Any]:
     healthy = False
     try:
         answer = _pool.train(job)
-        healthy = "failed" not in answer
+        healthy = "result" in answer
         return answer
     finally:
         if not healthy:

@@ -13,9 +13,11 @@ from services.schedule.places import study_storage, tracking_uri
 from services.study.file import Study, StudyError
 from services.study.ledger import Ledger
 from services.study.manifest import Manifest, read_manifest
+from services.study.outcome import result_of
 from services.study.plan import Plan, make_plan
 from services.study.published import published_loss
 from services.study.result import Omission, StudySummary, TrialResult
+from services.study.secrets import without_password
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker, is_file_database
 
@@ -60,6 +62,7 @@ def study_results(study: Study) -> list[TrialResult]:
 
 def how_to_open(uri: str) -> str:
     """The sentence that tells how to look at the runs."""
+    uri = without_password(uri)
     if is_file_database(uri):
         return f"compare the runs in MLflow: mlflow ui --backend-store-uri {uri}  then open http://127.0.0.1:5000"
     return f"compare the runs in MLflow: {uri}"
@@ -68,10 +71,10 @@ def how_to_open(uri: str) -> str:
 def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResult]:
     found = []
     runs = manifest.tracking.get("runs", {})
+    states = Ledger(storage).states(trial.id for trial in plan.trials)
     for trial in plan.trials:
-        raw = storage.read(f"trials/{trial.id}/result.json")
-        if raw is not None:
-            result = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial.id}/result.json")
+        result = result_of(storage, trial.id, states[trial.id])
+        if result is not None:
             printed = published_loss(trial.point, trial.config.size)
             found.append(result.model_copy(update={"mlflow_run_id": runs.get(trial.id), "published_loss": printed}))
     return found
@@ -80,7 +83,8 @@ def _results(plan: Plan, storage: Storage, manifest: Manifest) -> list[TrialResu
 def _summary(plan: Plan, storage: Storage, manifest: Manifest, results: list[TrialResult]) -> StudySummary:
     states = Ledger(storage).states(trial.id for trial in plan.trials)
     done = {result.trial_id for result in results}
-    failed = [(t.name, states[t.id].reason) for t in plan.trials if states[t.id].state == "failed" and t.id not in done]
+    given_up = ("failed", "quarantined")
+    failed = [(t.name, states[t.id].reason) for t in plan.trials if states[t.id].state in given_up and t.id not in done]
     waiting = [(t.name, states[t.id].state) for t in plan.trials if states[t.id].state in ("waiting", "started")]
     waiting = [(name, state) for name, state in waiting if name not in {result.name for result in results}]
     return StudySummary(

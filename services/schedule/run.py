@@ -20,18 +20,27 @@ from ray import tune
 
 from services.data.corpus import Corpus
 from services.report.histogram import draw_histogram
+from services.schedule.cluster import draining_nodes
 from services.schedule.jobs import data_record, job_of, params_of
 from services.schedule.trial import run_trial
-from services.study.ledger import Ledger
-from services.study.manifest import Manifest, check_unchanged, next_manifest, read_manifest, write_manifest
+from services.study import faults
+from services.study.fence import Fence, Fenced
+from services.study.file import StudyError
+from services.study.ledger import Ledger, TrialState
+from services.study.manifest import Manifest, check_unchanged, drift, next_manifest, read_manifest, write_manifest
+from services.study.outcome import check_steps, digest_of, result_file, result_of
 from services.study.plan import Plan, Trial
-from services.study.result import TrialResult, UnreadableResult
+from services.study.result import UnreadableResult
+from services.study.secrets import without_password
 from services.study.storage import Storage
 from services.track.courier import Courier
 from services.track.runs import MlflowException, Tracker, TrackingError
+from services.train.notice import tell_nodes
 
 log = logging.getLogger(__name__)
 POLL_S = 1.0
+NODE_LOSSES = 20  # how often a trial may lose its node in one run; deaths of workers are counted by trial.py
+OVER = ("finished", "quarantined")  # states of trials that a run does not start
 
 
 class Exit(IntEnum):
@@ -45,10 +54,14 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to run: `address` of a Ray cluster (None: RAY_ADDRESS or this machine), and where progress lines go."""
+    """How to run: `address` of a Ray cluster (None: RAY_ADDRESS or this machine), where progress lines go, whether to go on
+    with changed data or code, and whether quarantined trials get another chance.
+    """
 
     address: str | None = None
     say: Callable[[str], None] = print
+    accept_drift: bool = False
+    retry_quarantined: bool = False
 
 
 @dataclass(kw_only=True)
@@ -58,17 +71,27 @@ class Run:
     plan: Plan
     storage: Storage
     ledger: Ledger
+    fence: Fence
     uri: str
     options: Options
     lost: threading.Event
+    stopping: threading.Event
     _unreadable: set[str] = field(default_factory=set)
+    _untracked: set[str] = field(default_factory=set)  # tracked once, by an MLflow store that is not there any more
+
+    @property
+    def _where(self) -> str:
+        """The tracking store as ledger and manifest name it: without a password."""
+        return without_password(self.uri)
 
     def go(self, cache: Corpus, at_once: int) -> Exit:
         say, study = self.options.say, self.plan.study
         old = read_manifest(self.storage)  # again, under the lease: another driver may have been here since
         if old is not None:
             check_unchanged(old, self.plan)
-        manifest = next_manifest(old, self.plan, data_record(cache, self.plan.trials[0].recipe))
+        record = data_record(cache, self.plan.trials[0].recipe)
+        idle = not self._missing() and not self.options.retry_quarantined
+        manifest = next_manifest(old, self.plan, record, self.options.accept_drift, idle)
         root = Storage(study.storage).local_path
         # a server keeps artifacts where it was told to; a database on this machine keeps them beside the studies
         local_store = root is not None and not self.uri.startswith("http")
@@ -76,18 +99,24 @@ class Run:
         try:
             tracker = Tracker(self.uri, root / "mlflow-artifacts" if local_store and root else None)
             tracker.open_study(study.name, study.question)
-            courier = Courier(tracker, self.storage, manifest.started_ms, say)
+            courier = Courier(tracker, self.storage, manifest.started_ms, say, self.fence.check)
             for trial in self.plan.trials:
                 run_id = tracker.open_trial(trial.id, trial.name, params_of(trial, self.plan), manifest.data)
                 courier.add(trial.id, trial.name, run_id, trial.recipe.steps)
                 runs[trial.id] = run_id
         except (MlflowException, OSError) as error:
-            raise TrackingError(f"tracking.uri {self.uri} failed ({_first_line(error)}); mend it and run again") from error
-        manifest = replace(manifest, tracking={"uri": self.uri, "parent": tracker.parent, "runs": runs})
-        write_manifest(self.storage, manifest)
-        self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid())
+            raise TrackingError(f"tracking.uri {self._where} failed ({_first_line(error)}); mend it and run again") from error
+        faults.point("driver.runs")
+        known = manifest.tracking.get("runs", {}) if manifest.tracking.get("uri") == self._where else {}
+        self._untracked = {trial for trial, run in runs.items() if known.get(trial, run) != run}
+        manifest = replace(manifest, tracking={"uri": self._where, "parent": tracker.parent, "runs": runs})
+        with self.fence.held():
+            write_manifest(self.storage, manifest)
+        self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid(), driver=self.fence.driver)
+        self._note_changes(old, manifest)
         self._collect(courier)
         missing = self._missing()
+        self._make_way(missing)
         done = len(self.plan.trials) - len(missing)
         begun = "new study" if old is None else "resuming study"
         say(f"{begun} {study.name} in {self.storage.root}: {len(self.plan.trials)} trials, {done} finished, "
@@ -101,31 +130,57 @@ class Run:
 
     def _missing(self) -> list[Trial]:
         states = self.ledger.states(trial.id for trial in self.plan.trials)
-        return [trial for trial in self.plan.trials if states[trial.id].state != "finished"]
+        lost = spoilt(self.storage, self.plan, states)
+        return [trial for trial in self.plan.trials if states[trial.id].state not in OVER or trial.id in lost]
+
+    def _note_changes(self, old: Manifest | None, new: Manifest) -> None:
+        """Writes down what a person decided on the command line."""
+        found = drift(old, new) if old is not None else []
+        if found:
+            self.ledger.append("drift", accepted=found)
+            self.options.say(f"going on in spite of drift: {'; '.join(found)}")
+        if self.options.retry_quarantined:
+            for trial, state in self.ledger.states(trial.id for trial in self.plan.trials).items():
+                if state.state == "quarantined":
+                    self.ledger.append("released", trial)
+
+    def _make_way(self, missing: list[Trial]) -> None:
+        """Removes spoilt results of finished trials: each is written again from the trial's last checkpoint."""
+        states = self.ledger.states(trial.id for trial in self.plan.trials)
+        for trial in missing:
+            if states[trial.id].state == "finished":
+                self.options.say(f"{trial.name:<34} result or step log was damaged; written again from the last checkpoint")
+                self.storage.delete(result_file(trial.id))
 
     def _collect(self, courier: Courier) -> None:
         """Brings ledger and MLflow up to what workers have written: results that exist become finished, then tracked."""
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         limit = self.plan.study.tracking.log_model_max_gib * 2**30
         for trial in self.plan.trials:
-            if states[trial.id].tracked_in == self.uri:
+            if states[trial.id].tracked_in == self._where and trial.id not in self._untracked:
                 continue
-            raw = self.storage.read(f"trials/{trial.id}/result.json")
+            raw = self.storage.read(result_file(trial.id))
             if raw is None:
                 continue
             try:
-                result = TrialResult.from_json(raw, where=f"{self.storage.root}/trials/{trial.id}/result.json")
+                result = result_of(self.storage, trial.id, states[trial.id])
+                assert result is not None
             except UnreadableResult as error:  # the others' results are still wanted
                 if trial.id not in self._unreadable:
                     log.error("%s; delete that file and run again to write it anew from the last checkpoint", error)
                 self._unreadable.add(trial.id)
                 continue
             if states[trial.id].state != "finished":
-                self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss)
+                steps = self.storage.read(f"trials/{trial.id}/steps.jsonl") or b""
+                sums = {"result_sha256": digest_of(raw), "steps_sha256": digest_of(steps)}
+                self.ledger.append("finished", trial.id, held_out_loss=result.held_out_loss, **sums)
                 self.options.say(f"{trial.name:<34} finished: held-out loss {result.held_out_loss:.4f} nats")
+                faults.point("driver.finished")
             self._draw(trial)
             if courier.ready() and courier.deliver_result(trial.id, result, limit):
-                self.ledger.append("tracked", trial.id, uri=self.uri)
+                faults.point("driver.tracked")
+                self.ledger.append("tracked", trial.id, uri=self._where)
+                self._untracked.discard(trial.id)
 
     def _draw(self, trial: Trial) -> None:
         table = self.storage.read(f"trials/{trial.id}/histograms.parquet")
@@ -140,17 +195,27 @@ class Run:
         stop = threading.Event()
 
         def carry() -> None:
+            told: dict[str, int] = {}
             while not stop.wait(POLL_S):
                 try:
+                    drained = draining_nodes()
+                    if drained != told:
+                        tell_nodes(self.storage, self.fence.driver, drained)
+                        told = drained
+                    faults.point("driver.poll")
                     courier.poll()
                     self._collect(courier)
+                except Fenced as replaced:
+                    self.options.say(str(replaced))
+                    self.lost.set()
+                    return
                 except Exception:  # a courier's trouble must not stop training; the last _collect raises it again
                     log.exception("courier")
 
         thread = threading.Thread(target=carry, name="courier", daemon=True)
         thread.start()
         try:
-            self._fit(missing, manifest, at_once, scratch)
+            self._fit_until_none_is_preempted(missing, manifest, at_once, scratch)
         except KeyboardInterrupt:
             self.options.say("interrupted; run again to go on")
         except Exception as error:  # Tune or Ray gave up: what workers wrote still counts, and no run may stay RUNNING
@@ -166,12 +231,22 @@ class Run:
         courier.poll()
         self._collect(courier)
 
-    def _fit(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> None:
+    def _fit_until_none_is_preempted(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> None:
+        """Trials that left on notice start again elsewhere, or here when nobody acted on the notice."""
+        while missing and not self.stopping.is_set() and not self.lost.is_set():
+            preempted = self._fit(missing, manifest, at_once, scratch)
+            missing = [trial for trial in missing if trial.id in preempted]
+            if missing and not self.stopping.is_set():
+                self.options.say(f"{', '.join(trial.name for trial in missing)}: left on notice, go on")
+                self.stopping.wait(POLL_S)
+
+    def _fit(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> set[str]:
         resources, backend = self.plan.study.resources, self.plan.backend
-        jobs = {trial.id: job_of(trial, self.plan, self.storage, manifest) for trial in missing}
+        jobs = {trial.id: job_of(trial, self.plan, self.storage, manifest, self.fence.driver) for trial in missing}
         trainable = tune.with_parameters(
-            run_trial, jobs=jobs, backend=backend, cpus=resources.cpus_per_worker, retries=resources.max_failures
-        )
+            run_trial, jobs=jobs, backend=backend, cpus=resources.cpus_per_worker, retries=resources.max_failures,
+            patience=resources.quarantine_after,
+        )  # fmt: skip
         bundle = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
             bundle["GPU"] = resources.gpus_per_worker
@@ -188,24 +263,28 @@ class Run:
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=resources.max_failures if warm else 0),
+                failure_config=tune.FailureConfig(max_failures=NODE_LOSSES),
             ),
         ).fit()
         for result in grid:
             if result.error is not None and result.config:
                 reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1][:500]
                 self.ledger.append("failed", result.config["trial"], reason=f"workers died: {reason}")
+        ended = {result.config["trial"]: (result.metrics or {}).get("ended") for result in grid if result.config}
+        return {trial for trial, how in ended.items() if how == "preempted"}
 
     def _end(self, tracker: Tracker, courier: Courier) -> Exit:
+        faults.point("driver.end")
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         names = {trial.id: trial.name for trial in self.plan.trials}
         for trial, state in states.items():
-            if state.state == "failed":
-                self.options.say(f"{names[trial]:<34} failed: {state.reason}")
+            if state.state in ("failed", "quarantined"):
+                self.options.say(f"{names[trial]:<34} {state.state}: {state.reason}")
             if state.state != "finished":
-                courier.mark_ended(trial, "FAILED" if state.state == "failed" else "KILLED")
+                courier.mark_ended(trial, "FAILED" if state.state in ("failed", "quarantined") else "KILLED")
         complete = all(state.state == "finished" for state in states.values())
-        tracked = all(state.tracked_in == self.uri for state in states.values())
+        complete = complete and not spoilt(self.storage, self.plan, states)
+        tracked = not self._untracked and all(state.tracked_in == self._where for state in states.values())
         try:
             tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
         except (MlflowException, OSError) as error:
@@ -216,8 +295,27 @@ class Run:
         return Exit.FAILED if any(state.state == "failed" for state in states.values()) else Exit.INCOMPLETE
 
 
+def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[str]:
+    """Finished trials whose result or step log is damaged or gone and can be written again from a checkpoint.
+
+    Raises StudyError naming the file where it cannot.
+    """
+    found = set()
+    for trial in plan.trials:
+        if states[trial.id].state != "finished":
+            continue
+        try:
+            result_of(storage, trial.id, states[trial.id])
+            check_steps(storage, trial.id, states[trial.id])
+        except UnreadableResult as error:
+            if not storage.list(f"trials/{trial.id}/checkpoints"):
+                raise StudyError(f"{error} (it has no checkpoint to write it from)") from error
+            found.add(trial.id)
+    return found
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
 
 
 def to_stderr(line: str) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 
 from decay_core.design import DesignPoint
 from services.study.file import Study, StudyError, read_study
+from services.study.ledger import Ledger
 from services.study.manifest import Manifest, filled, read_manifest, resolved
+from services.study.outcome import result_of
 from services.study.plan import Plan, Trial, make_plan
 from services.study.result import TrialResult
 from services.study.storage import Storage
@@ -139,8 +141,9 @@ def _shared_parts(study: Values) -> dict[str, Values]:
 
 def _results(storage: Storage, manifest: Manifest) -> dict[str, TrialResult]:
     found = {}
+    states = Ledger(storage).states(manifest.trials)
     for trial, name in manifest.trials.items():
-        raw = storage.read(f"trials/{trial}/result.json")
-        if raw is not None:
-            found[name] = TrialResult.from_json(raw, where=f"{storage.root}/trials/{trial}/result.json")
+        result = result_of(storage, trial, states[trial])
+        if result is not None:
+            found[name] = result
     return found

@@ -154,8 +154,8 @@ class Budget(_Strict):
 class Resources(_Strict):
     """What one trial gets.
 
-    `backend`, `max_concurrent_trials`, `max_failures`, `cpus_per_worker` and the assumed rate may change between two runs of
-    a study; the others bear on the bits of a result.
+    `backend`, `max_concurrent_trials`, `max_failures`, `quarantine_after`, `cpus_per_worker` and the assumed rate may change
+    between two runs of a study; the others bear on the bits of a result.
     """
 
     workers: int = Field(1, ge=1)
@@ -168,6 +168,7 @@ class Resources(_Strict):
     backend: Literal["auto", "warm", "train"] = "auto"
     max_concurrent_trials: int | None = Field(None, ge=1)
     max_failures: int = Field(3, ge=0)
+    quarantine_after: int = Field(3, ge=1)
     assumed_gflops_per_worker: float | None = Field(None, gt=0)
 
 
@@ -319,6 +320,8 @@ class _NoDuplicates(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise StudyError(f"line {line}: key {_shown(key)} is no word; put it in quotes or {CORRECT}")
+            if any("\ud800" <= letter <= "\udfff" for letter in key):
+                raise StudyError(f"line {line}: key {key!a} is no text (half a character); {CORRECT}")
             if key in seen:
                 raise StudyError(f"line {line}: key {_shown(key)} stands twice; keep one")
             seen.add(key)

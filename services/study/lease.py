@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from services.study.fence import next_driver
 from services.study.storage import Storage, canonical_json
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Lease:
     """Taken by `take`, kept by calling `renew` at least every RENEW_S, given back by `release`."""
 
     def __init__(self, storage: Storage, token: str) -> None:
+        self.driver = 0  # this driver's number, see fence.py
         self._storage = storage
         self._token = token
         self._renewed = 0.0
@@ -108,8 +110,11 @@ class Heartbeat:
                 log.warning("the lease could not be renewed (%s); trying again", error)
 
 
-def take(storage: Storage) -> Lease:
-    """Takes the study's lease or raises LeaseHeld saying who has it, since when, and what to do."""
+def take(storage: Storage, at_least: int = 0) -> Lease:
+    """Takes the study's lease and the next driver's number, above `at_least`; whoever had them before is fenced from now on.
+
+    Raises LeaseHeld saying who has it, since when, and what to do.
+    """
     lease = Lease(storage, uuid.uuid4().hex)
     with _critical_section(storage):
         held = _read(storage)
@@ -119,6 +124,7 @@ def take(storage: Storage) -> Lease:
                 f"(heard of {_age(held):.0f} s ago); wait for it, or stop it and run again"
             )
         lease._write()
+        lease.driver = next_driver(storage, at_least)
     if storage.local_path is None:
         time.sleep(SETTLE_S)
         after = _read(storage)

@@ -6,16 +6,20 @@ a lock and a killed writer leaves nothing. Tune's and MLflow's state are caches 
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from services.study.storage import Storage, StorageError, canonical_json
+from services.study.fence import Fence
+from services.study.sealed import seal, unseal
+from services.study.storage import Storage, StorageError
 
-Kind = Literal["run", "attempt", "finished", "failed", "tracked"]
+Kind = Literal[
+    "run", "attempt", "died", "preempted", "finished", "failed", "tracked", "quarantined", "released", "drift"
+]  # fmt: skip
 FOLDER = "ledger"
 
 
@@ -31,28 +35,37 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialState:
-    """What the ledger says of one trial: its state, how often it was started, why it failed, which MLflow has all of it."""
+    """What the ledger says of one trial: its state, how often it was started, why it failed, which MLflow has all of it.
 
-    state: Literal["waiting", "started", "failed", "finished"]
+    Of `attempts`, `preemptions` ended on notice and `deaths` by a worker's death; the rest ended with their driver or node.
+    """
+
+    state: Literal["waiting", "started", "failed", "quarantined", "finished"]
     attempts: int = 0
     reason: str = ""
     tracked: bool = False
     tracked_in: str = ""
+    preemptions: int = 0
+    deaths: int = 0
+    result_sha256: str = ""
+    steps_sha256: str = ""
 
 
 class Ledger:
-    """Events of one study under `<study>/ledger/`."""
+    """Events of one study under `<study>/ledger/`. A writer that may be replaced gives its `fence`."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, fence: Fence | None = None) -> None:
         self._storage = storage
+        self._fence = fence
         self._seen: dict[str, Event] = {}
 
     def append(self, kind: Kind, trial: str = "", **details: Any) -> Event:
-        """Writes one event; it is on the disk when this returns."""
+        """Writes one event; it is on the disk when this returns. Raises Fenced."""
         event = Event(kind=kind, trial=trial, time_ns=time.time_ns(), details=details)
         name = f"{FOLDER}/{event.time_ns:020d}-{uuid.uuid4().hex[:8]}.json"
         body = {"kind": kind, "trial": trial, "time_ns": event.time_ns, "details": details}
-        self._storage.write(name, canonical_json(body).encode())
+        with self._fence.held() if self._fence else contextlib.nullcontext():
+            self._storage.write(name, seal(body))
         return event
 
     def events(self) -> list[Event]:
@@ -82,7 +95,7 @@ class Ledger:
 
 
 def _parse(raw: bytes) -> Event:
-    event = Event(**json.loads(raw))
+    event = Event(**unseal(raw))
     if event.kind not in get_args(Kind):
         raise ValueError(f"no such kind: {event.kind!r}")
     if not (isinstance(event.trial, str) and isinstance(event.time_ns, int) and isinstance(event.details, dict)):
@@ -91,11 +104,19 @@ def _parse(raw: bytes) -> Event:
 
 
 def _next_state(old: TrialState, event: Event) -> TrialState:
-    attempts = old.attempts + (event.kind == "attempt")
-    tracked = old.tracked or event.kind == "tracked"
-    where = str(event.details.get("uri", "")) if event.kind == "tracked" else old.tracked_in
+    counted = replace(
+        old,
+        attempts=old.attempts + (event.kind == "attempt"),
+        preemptions=old.preemptions + (event.kind == "preempted"),
+        deaths=old.deaths + (event.kind == "died"),
+    )
+    if event.kind == "tracked":
+        counted = replace(counted, tracked=True, tracked_in=str(event.details.get("uri", "")))
+    if event.kind == "finished":
+        result, steps = (str(event.details.get(key, "")) for key in ("result_sha256", "steps_sha256"))
+        counted = replace(counted, result_sha256=result, steps_sha256=steps)
     if old.state == "finished" or event.kind in ("finished", "tracked"):
-        return TrialState(state="finished", attempts=attempts, tracked=tracked, tracked_in=where)
-    if event.kind == "failed":
-        return TrialState(state="failed", attempts=attempts, reason=str(event.details.get("reason", "")))
-    return TrialState(state="started", attempts=attempts)
+        return replace(counted, state="finished", reason="")
+    if event.kind in ("failed", "quarantined"):
+        return replace(counted, state=event.kind, reason=str(event.details.get("reason", "")))
+    return replace(counted, state="started", reason="")

@@ -6,33 +6,42 @@ metric's time stamp). It is replaced atomically and only ever grows.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from services.study.file import Study, StudyError
+from services.study.mechanism import mechanism_code
 from services.study.plan import Plan
-from services.study.storage import Storage, canonical_json
+from services.study.sealed import seal, unseal
+from services.study.secrets import without_password
+from services.study.storage import Storage
 
 NAME = "study.json"
+ROOT = Path(__file__).parents[2]
+TRAINING = ("decay_core/recipe.py", "services/data/order.py", "services/train/engine.py", "services/train/loop.py")
 # What may differ between two runs of one study: growth is judged by trial ids, the rest does not bear on a result's bits.
 FREE = {
     "space", "sizes", "seeds", "vary", "match", "budget", "question", "storage", "data.workers", "resources.backend",
-    "resources.max_concurrent_trials", "resources.max_failures", "resources.assumed_gflops_per_worker",
-    "resources.cpus_per_worker", "tracking",
+    "resources.max_concurrent_trials", "resources.max_failures", "resources.quarantine_after",
+    "resources.assumed_gflops_per_worker", "resources.cpus_per_worker", "tracking",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`study` as resolved, `trials` id -> name, `data` {digest, path, ...}, `started_ms` (Unix), `tracking` {uri, ids}."""
+    """`study` as resolved, `trials` id -> name, `data` {digest, path, ...}, `started_ms` (Unix), `tracking` {uri, ids}, `code`
+    {file: SHA-256} of all that the trials compute with (empty in a manifest of an earlier release).
+    """
 
     study: dict[str, Any]
     trials: dict[str, str]
     data: dict[str, Any]
     started_ms: int
     tracking: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
@@ -46,7 +55,7 @@ def read_manifest(storage: Storage) -> Manifest | None:
             )
         return None
     try:
-        manifest = Manifest(**json.loads(raw))
+        manifest = Manifest(**unseal(raw))
         _check_kinds(manifest)
     except (ValueError, TypeError, RecursionError) as error:
         raise StudyError(
@@ -56,7 +65,8 @@ def read_manifest(storage: Storage) -> Manifest | None:
 
 
 def _check_kinds(manifest: Manifest) -> None:
-    for key, kind in (("study", dict), ("trials", dict), ("data", dict), ("started_ms", int), ("tracking", dict)):
+    for key, kind in (("study", dict), ("trials", dict), ("data", dict), ("started_ms", int), ("tracking", dict),
+                      ("code", dict)):  # fmt: skip
         if not isinstance(getattr(manifest, key), kind):
             raise TypeError(f"{key} is no {kind.__name__}")
     if not isinstance(manifest.data.get("digest"), str):
@@ -65,7 +75,7 @@ def _check_kinds(manifest: Manifest) -> None:
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:
     """Replaces the manifest atomically."""
-    storage.write(NAME, canonical_json(manifest.__dict__).encode())
+    storage.write(NAME, seal(manifest.__dict__))
 
 
 def check_unchanged(old: Manifest, plan: Plan) -> None:
@@ -90,25 +100,64 @@ def check_unchanged(old: Manifest, plan: Plan) -> None:
         )
 
 
-def next_manifest(old: Manifest | None, plan: Plan, data: dict[str, Any]) -> Manifest:
-    """The manifest to write for this run: the first one, or the old one grown."""
-    if old is not None and old.data["digest"] != data["digest"]:
-        raise StudyError(
-            f"data of study {plan.study.name!r} changed: digest was {old.data['digest'][:12]}, is {data['digest'][:12]} "
-            f"({data['source']}); restore the data, or give the new study another name"
-        )
-    return Manifest(
-        study=resolved(plan.study),
+def next_manifest(
+    old: Manifest | None, plan: Plan, data: dict[str, Any], accept_drift: bool = False, idle: bool = False
+) -> Manifest:
+    """The manifest of this run: the first one, or the old one grown. `idle`: nothing will be trained, code may be new.
+
+    Raises StudyError where the data, its tokenizer or the code are not what they were, unless that is accepted.
+    """
+    manifest = Manifest(
+        study=_without_passwords(resolved(plan.study)),
         trials={trial.id: trial.name for trial in plan.trials},
         data=data,
         started_ms=old.started_ms if old else int(time.time() * 1000),
         tracking=old.tracking if old else {},
+        code=old.code if old and idle else code_of(plan),
     )
+    found = drift(old, manifest) if old is not None else []
+    if found and not accept_drift:
+        raise StudyError(
+            f"study {plan.study.name!r} would go on with something else than it started with: {'; '.join(found[:3])}"
+            f"{' ...' if len(found) > 3 else ''}; restore it, give the new study another name, or say --accept-drift"
+        )
+    return manifest
+
+
+def code_of(plan: Plan) -> dict[str, str]:
+    """{file: SHA-256} of every file that the forward passes of a plan's trials are made of, and of what trains them."""
+    code: dict[str, str] = {}
+    for point in {trial.point.name: trial.point for trial in plan.trials}.values():
+        code |= mechanism_code(point)
+    code |= {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in TRAINING}
+    return dict(sorted(code.items()))
+
+
+def drift(old: Manifest, new: Manifest) -> list[str]:
+    """What is not what it was when the study started, each with its old and new hash. New files are no drift."""
+    found = []
+    before, after = old.data["digest"], new.data["digest"]
+    if before != after:
+        found.append(f"data of {new.data['source']} changed: digest was {before[:12]}, is {after[:12]}")
+    cut, cuts = str(old.data.get("tokenizer_sha256") or ""), str(new.data.get("tokenizer_sha256") or "")
+    if cut and cuts and cut != cuts:
+        found.append(f"tokenizer changed: was {cut[:12]}, is {cuts[:12]}")
+    for name in sorted(old.code):
+        was, now = old.code[name], new.code.get(name)
+        if was != now:
+            found.append(f"code {name} changed: was {was[:12]}, is {now[:12] if now else 'gone'}")
+    return found
 
 
 def resolved(study: Study) -> dict[str, Any]:
     """A study with every default filled in, as JSON values."""
     return dict(study.model_dump(mode="json"))
+
+
+def _without_passwords(study: dict[str, Any]) -> dict[str, Any]:
+    uri = study["tracking"]["uri"]
+    tracking = {**study["tracking"], "uri": without_password(uri) if uri else uri}
+    return {**study, "storage": without_password(study["storage"]), "tracking": tracking}
 
 
 def filled(study: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any, cast
 
 import fsspec
 
+from services.study import faults
+
 
 class StorageError(ValueError):
     """A place that cannot be used, said in one line with the remedy."""
@@ -105,6 +107,7 @@ class Storage:
 
     def write(self, name: str, data: bytes) -> None:
         """Stores `data` under `name`, whole or not at all."""
+        faults.point("storage.write", file=name.rsplit("/", 1)[-1])
         if self._local:
             write_atomically(Path(self._full(name)), data)
         else:

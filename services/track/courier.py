@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.study import faults
 from services.study.result import TrialResult
+from services.study.secrets import without_password
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker
 
@@ -48,7 +50,16 @@ class Delivery:
 class Courier:
     """Call `poll` every second or so; `deliver_result` when a trial is finished."""
 
-    def __init__(self, tracker: Tracker, storage: Storage, started_ms: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        storage: Storage,
+        started_ms: int,
+        say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` raises Fenced when this driver was replaced; it is asked before anything is sent."""
+        self._check = check
         self._tracker, self._storage, self._started_ms, self._say = tracker, storage, started_ms, say
         self._deliveries: dict[str, Delivery] = {}
         self._retry_at = 0.0
@@ -76,6 +87,7 @@ class Courier:
         A run that MLflow refuses does not hold up the others; a server that is away is asked once.
         """
         taken = True
+        self._check()
         for delivery in self._deliveries.values():
             try:
                 self._send(delivery)
@@ -93,6 +105,7 @@ class Courier:
 
         A step log that lacks steps is no reason to call the trial tracked: False, and a warning that names the file.
         """
+        self._check()
         delivery = self._deliveries[trial]
         self._read(trial, delivery)
         if delivery.read_step < result.steps:
@@ -117,6 +130,7 @@ class Courier:
 
     def mark_ended(self, trial: str, status: str) -> None:
         """Ends the run of a trial that did not finish, so that none stays RUNNING."""
+        self._check()
         try:
             self._tracker.mark(self._deliveries[trial].run_id, status)
         except (MlflowException, OSError) as error:
@@ -155,7 +169,9 @@ class Courier:
             self._tracker.mark(delivery.run_id, "RUNNING")
             delivery.marked_running = True
         while delivery.waiting:
+            self._check()
             delivery.sent_step = self._tracker.log_steps(delivery.run_id, delivery.waiting[:SEND_AT_ONCE], self._started_ms)
+            faults.point("driver.send")
             del delivery.waiting[:SEND_AT_ONCE]
 
     def _files(self, trial: str, run_id: str, limit_bytes: float) -> None:
@@ -199,4 +215,4 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return without_password((str(error).splitlines() or [type(error).__name__])[0][:200])

@@ -9,7 +9,6 @@ On an object store there is no rename: the files go up first and COMPLETE.json l
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import pickle
@@ -23,10 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from services.study.storage import Storage, canonical_json, fsync_folder, write_atomically
+from services.study import faults
+from services.study.fence import Fence
+from services.study.sealed import seal, unseal
+from services.study.storage import Storage, fsync_folder, write_atomically
 from services.train.engine import Engine
 from services.train.job import TrialFailed, World
 from services.train.randomness import random_state, restore_random_state
+from services.train.telemetry import damaged_histogram
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -56,9 +59,14 @@ def save(
     position: Position,
     world: World,
     files: dict[str, bytes],
+    fence: Fence | None,
 ) -> str:
-    """Writes and commits one checkpoint; collective. `files` are rank 0's own. Returns the checkpoint's digest."""
+    """Writes and commits one checkpoint; collective. `files` and `fence` are rank 0's own. Returns the checkpoint's digest.
+
+    Raises Fenced on rank 0 when the attempt was replaced, TrialFailed naming the place where it cannot be written.
+    """
     name = folder_name(position.step)
+    faults.point("checkpoint.begin", rank=world.rank, step=position.step)
     scratch = _agree(str(_scratch(storage, name)) if world.leads else None, world)
     os.makedirs(scratch, exist_ok=True)
     _barrier(world)
@@ -67,15 +75,19 @@ def save(
     if world.leads:
         for file, data in files.items():
             Path(scratch, file).write_bytes(data)
+    faults.point("checkpoint.write", rank=world.rank, step=position.step)
     _barrier(world)
     digests = _gather(_digest_own(Path(scratch), world), world)
     digest = ""
     if world.leads:
+        assert fence is not None
         listed = {name for part in digests for name in part}
         there = {path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file()}
         if listed != there:  # a network file system showed the ranks different listings
             raise OSError(f"{scratch}: the ranks digested {len(listed)} files, there are {len(there)}")
-        digest = _commit(storage, name, Path(scratch), position, {k: v for part in digests for k, v in part.items()})
+        every = {key: value for part in digests for key, value in part.items()}
+        digest = _commit(storage, name, Path(scratch), position, every, fence)
+        faults.point("checkpoint.committed", step=position.step)
         _retain(storage)
     return _agree(digest, world)
 
@@ -159,21 +171,26 @@ def _digest_own(scratch: Path, world: World) -> dict[str, tuple[int, str]]:
     return found
 
 
-def _commit(storage: Storage, name: str, scratch: Path, position: Position, files: dict[str, tuple[int, str]]) -> str:
+def _commit(
+    storage: Storage, name: str, scratch: Path, position: Position, files: dict[str, tuple[int, str]], fence: Fence
+) -> str:
     body = {"position": position.__dict__, "files": {key: list(value) for key, value in sorted(files.items())}}
-    text = canonical_json(body).encode()
+    text = seal(body)
     digest = hashlib.sha256(text).hexdigest()
     if storage.local_path is None:
         storage.put_folder(scratch, f"{FOLDER}/{name}")
+        fence.check()
         storage.write(f"{FOLDER}/{name}/{COMPLETE}", text)
         shutil.rmtree(scratch)
         return digest
     write_atomically(scratch / COMPLETE, text)
+    faults.point("checkpoint.commit", step=position.step)
     final = storage.local_path / FOLDER / name
-    if final.exists():  # an older attempt got this far; equal bits are no reason to trust it over what was just checked
-        shutil.rmtree(final)
-    os.rename(scratch, final)
-    fsync_folder(final.parent)
+    with fence.held():
+        if final.exists():  # an older attempt got this far; equal bits are no reason to trust it over what was just checked
+            shutil.rmtree(final)
+        os.rename(scratch, final)
+        fsync_folder(final.parent)
     return digest
 
 
@@ -183,7 +200,7 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
     if raw is None:
         return f"{COMPLETE} is missing", {}
     try:
-        complete = json.loads(raw)
+        complete = unseal(raw)
         with storage.local_copy(f"{FOLDER}/{name}") as folder:
             for file, (size, digest) in complete["files"].items():
                 path = folder / file
@@ -191,7 +208,9 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
                     return f"{file} is missing or cut", {}
                 if sha256_of(path) != digest:
                     return f"{file} has other bytes than were written", {}
-        Position(**complete["position"])
+        lost = damaged_histogram(storage, Position(**complete["position"]).extra.get("histograms", {}))
+        if lost:
+            return f"{lost} of before it is missing or damaged", {}
     except (ValueError, KeyError, TypeError) as error:
         return f"{COMPLETE} is damaged ({type(error).__name__})", {}
     return "", complete

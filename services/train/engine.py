@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from decay_core.model import DecayLinearTransformer
 from decay_core.recipe import Recipe, parameter_groups
+from services.study import faults
 from services.train.job import Resources, World
 
 LARGEST_BUCKET = 200_000_000  # elements; DeepSpeed's advice for one node
@@ -143,6 +144,8 @@ class Engine:
             eps=recipe.eps,
             fused=world.device != "cpu",
         )
+        if faults.armed():
+            optimizer.register_step_post_hook(lambda *_: faults.point("train.optimizer", rank=world.rank))
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
         self.deepspeed.checkpoint_engine = _safe_checkpoint_engine()
 

@@ -15,11 +15,13 @@ from safetensors.torch import save as to_safetensors
 
 from decay_core.kernel_seam import scans_taken
 from decay_core.model import state_size
+from services.study import faults
 from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
 from services.train.environment import device_name
+from services.train.job import TrialFailed
 from services.train.step_log import parse
-from services.train.telemetry import merge_histograms
+from services.train.telemetry import damaged_histogram, merge_histograms
 
 if TYPE_CHECKING:
     from services.train.loop import Trainer
@@ -29,11 +31,13 @@ LAST_LOSSES = 100
 
 def finish(trainer: Trainer) -> dict[str, Any]:
     """Profile, export and result of a trained trial. Collective; rank 0 writes and returns the result."""
+    faults.point("finish.weights", rank=trainer.world.rank)
     profile = trainer.profile()
     weights = {name: value for name, value in trainer.engine.weights(keep=trainer.world.leads)}
-    if not trainer.world.leads or trainer.log is None:
+    if trainer.log is None or trainer.fence is None:
         return {}
-    digest = _export(trainer, weights)
+    with trainer.fence.held():
+        digest = _export(trainer, weights)
     job, recipe, progress = trainer.job, trainer.recipe, trainer.progress
     losses = [record["train/loss"] for record in parse(trainer.log.content())]
     tokens = recipe.steps * recipe.batch_size * recipe.seq_len
@@ -68,8 +72,14 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         mechanism=mechanism_code(job.model_config.point),
         kernels=scans_taken(),
     )
-    trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
-    trainer.storage.write("result.json", result.to_json().encode())
+    faults.point("finish.result")
+    lost = damaged_histogram(trainer.storage, progress.histograms)
+    if lost:
+        raise TrialFailed(f"{trainer.storage.root}/{lost} is missing or damaged; run again to go on from an older checkpoint")
+    with trainer.fence.held():
+        trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
+        trainer.storage.write("result.json", result.to_json().encode())
+    faults.point("finish.done")
     values: dict[str, Any] = json.loads(result.to_json())
     return values
 

@@ -33,7 +33,8 @@ class Resources:
 class TrialJob:
     """One trial of one study. `storage` is the study's root, `data` is {spec, digest, path}; the rest as dicts.
 
-    `method` is what seeds are compared under, by default the point's name; `varied` what the study's `vary` set.
+    `method` is what seeds are compared under, by default the point's name; `varied` what the study's `vary` set; `driver` the
+    number of the driver that started it (services/study/fence.py).
     """
 
     study: str
@@ -47,6 +48,7 @@ class TrialJob:
     resources: dict[str, Any]
     method: str = ""
     varied: dict[str, Any] = field(default_factory=dict)
+    driver: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -7,6 +7,7 @@ the step log and the hash chain over sample ids; what follows is then equal bit 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -27,18 +28,23 @@ from decay_core.model import build_model
 from decay_core.recipe import Recipe
 from services.data.corpus import Corpus, Windows, open_corpus
 from services.data.order import INITIAL_HASH, SampleOrder, next_hash, shard
+from services.study import faults
+from services.study.fence import Fence, claim
 from services.study.ledger import Ledger
 from services.study.storage import Storage
 from services.train import checkpoint
 from services.train.engine import Engine, is_finite, one_engine
 from services.train.finish import finish
 from services.train.job import TrialFailed, TrialJob, World
+from services.train.notice import NOTICE_S, Preempted, due
 from services.train.randomness import make_deterministic, seed_rank
 from services.train.step_log import StepLog
-from services.train.telemetry import Telemetry, as_metrics, write_histogram
+from services.train.telemetry import Telemetry, as_metrics, file_name, write_histogram
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+SHOWN_WINDOWS = 16  # of a batch whose loss is not finite
 PROFILE_KEYS = ("median", "p25", "p75", "mean", "min", "max")
 PROFILE_TOKENS = 2048  # the paper's decay figures: one forward over 2048 tokens
 
@@ -54,6 +60,7 @@ class Progress:
     held_out_accuracy: float | None = None
     held_out_sequence_accuracy: float | None = None
     initial_profile: list[dict[str, float]] = field(default_factory=list)
+    histograms: dict[str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -68,9 +75,12 @@ class Trainer:
         self.telemetry = Telemetry(job.model_config.size.layers, world)
         self.progress = Progress()
         self.log: StepLog | None = None
+        self.fence: Fence | None = None
         self._pending: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._clock = time.monotonic()
+        self._flush_every = LOG_EVERY
+        self._saved_step = -1
 
     def run(self) -> dict[str, Any]:
         """Resumes or starts, trains every remaining step, finishes. Collective."""
@@ -86,6 +96,7 @@ class Trainer:
         found: list[Any] = [None]
         kept = b""
         if self.world.leads:
+            self.fence = claim(self.study_storage, self.job.driver, self.job.trial)
             checkpoint.sweep(self.storage)
             found = [_outcome(lambda: checkpoint.newest_valid(self.storage))]
         self._share(found)
@@ -98,8 +109,8 @@ class Trainer:
             position = checkpoint.load(self.engine, self.storage, name, complete, self.world)
             self.progress = Progress(step=position.step, order_hash=position.order_hash, **position.extra)
             kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
-        if self.world.leads:
-            self.log = StepLog(self.storage, kept)
+        if self.fence is not None:
+            self.log = StepLog(self.storage, self.fence, kept)
 
     def _announce(self) -> None:
         """Says in the ledger that an attempt began: where, with which processes, from which step."""
@@ -107,14 +118,15 @@ class Trainer:
         if self.world.size > 1:
             dist.all_gather_object(who, f"{socket.gethostname()}:{os.getpid()}")
         if self.world.leads:
-            details = {"processes": who, "from_step": self.progress.step}
-            Ledger(self.study_storage).append("attempt", self.job.trial, **details)
+            details = {"processes": who, "from_step": self.progress.step, "driver": self.job.driver}
+            Ledger(self.study_storage, self.fence).append("attempt", self.job.trial, **details)
 
     def _step(self) -> None:
         recipe, step = self.recipe, self.progress.step
         observed = (step + 1) % recipe.telemetry_every == 0 or step == 0
         if observed:
             self.telemetry.begin()
+        faults.point("train.data", rank=self.world.rank, step=step + 1)
         ids = self.order.ids(step, recipe.batch_size)
         tokens_bt, targets_bt = self._batch(self.cache.train, shard(ids, self.world.rank, self.world.size))
         parts = self.engine.accumulate
@@ -123,7 +135,9 @@ class Trainer:
         losses = []
         for index, (micro, wanted) in enumerate(zip(tokens_bt.chunk(parts), targets, strict=True)):
             watching = observed and index == 0
+            faults.point("train.forward", rank=self.world.rank, step=step + 1, seed=self.job.seed)
             losses.append(self.engine.backward(micro, self.telemetry.observe if watching else None, wanted))
+            faults.point("train.reduce", rank=self.world.rank, step=step + 1)
             norm = self.engine.advance(recipe.lr_at(step))
         self._losses.append(torch.stack(losses).mean())
         self.progress.step = step + 1
@@ -136,8 +150,9 @@ class Trainer:
         last = done == recipe.steps
         save = done % recipe.checkpoint_every == 0 or last
         judge = done % recipe.eval_every == 0 or last
-        if not (save or judge or observed or done % LOG_EVERY == 0):
+        if not (save or judge or observed or done % self._flush_every == 0):
             return
+        seconds = (time.monotonic() - self._clock) / len(self._losses)
         self._flush_losses()
         if judge:
             self._pending[-1].update(self._judge())
@@ -145,14 +160,36 @@ class Trainer:
         if observed:
             stats = self.telemetry.reduce()
             self._pending[-1].update(as_metrics(stats))
-            if self.world.leads:
-                write_histogram(self.storage, done, stats)
+            if self.fence is not None:
+                with self.fence.held():
+                    self.progress.histograms[file_name(done)] = write_histogram(self.storage, done, stats)
         if self.log is not None:
+            faults.point("train.log", step=done)
             self.log.append(self._pending)
+            faults.point("train.logged", step=done)
         self._pending.clear()
         if save:
             self._save()
+        self._leave_if_asked(seconds)
         self._clock = time.monotonic()
+
+    def _leave_if_asked(self, step_seconds: float) -> None:
+        """Saves and raises Preempted when any rank has notice. Collective; also agrees how often to look from now on."""
+        reason, begun = due(self.study_storage, self.job.driver), time.monotonic()
+        agreed = torch.tensor([float(bool(reason)), step_seconds], device=self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        asked, slowest = agreed.tolist()
+        self._flush_every = max(1, min(LOG_EVERY, int(NOTICE_S / 6 / max(slowest, 1e-9))))
+        if not asked or self.progress.step == self.recipe.steps:
+            return
+        if self._saved_step != self.progress.step:
+            self._save()
+        if self.world.leads:
+            said = reason or "another rank's node has notice"
+            details = {"step": self.progress.step, "reason": said, "seconds": round(time.monotonic() - begun, 3)}
+            Ledger(self.study_storage, self.fence).append("preempted", self.job.trial, **details)
+        raise Preempted(reason)
 
     def _flush_losses(self) -> None:
         """Reads the losses and norms of the steps since the last flush: the only wait for the device."""
@@ -174,9 +211,11 @@ class Trainer:
         for record in self._pending:
             for key in ("train/loss", "train/grad_norm", "held_out/loss"):
                 if not is_finite(record.get(key, 0.0)):
+                    windows = self.order.ids(record["step"] - 1, self.recipe.batch_size)
+                    said = ", ".join(map(str, windows[:SHOWN_WINDOWS])) + (" ..." if len(windows) > SHOWN_WINDOWS else "")
                     raise TrialFailed(
-                        f"{key} is {record[key]} at step {record['step']}; last checkpoint kept; "
-                        "lower recipe.lr or raise precision, under another study name"
+                        f"{key} is {record[key]} at step {record['step']} (windows {said} of the training data); last "
+                        "checkpoint kept; lower recipe.lr or raise precision, under another study name"
                     )
 
     def _save(self) -> None:
@@ -198,9 +237,11 @@ class Trainer:
                 "held_out_accuracy": progress.held_out_accuracy,
                 "held_out_sequence_accuracy": progress.held_out_sequence_accuracy,
                 "initial_profile": progress.initial_profile,
+                "histograms": progress.histograms,
             },
         )
-        checkpoint.save(self.engine, self.storage, position, self.world, files)
+        checkpoint.save(self.engine, self.storage, position, self.world, files, self.fence)
+        self._saved_step = progress.step
 
     def _judge(self) -> dict[str, float]:
         """Scores the held-out windows, keeps the scores for the result and returns them as metrics. Collective."""
@@ -314,4 +355,19 @@ def train_trial(job: TrialJob, world: World) -> dict[str, Any]:
     model = build_model(job.model_config, seed=job.seed)
     seed_rank(job.seed, world.rank)
     with one_engine(model, job.training_recipe, resources, world) as engine:
-        return Trainer(job, world, engine, cache).run()
+        try:
+            return Trainer(job, world, engine, cache).run()
+        except (OSError, RuntimeError) as error:
+            said = disk_trouble(error)
+            if not said:
+                raise
+            raise TrialFailed(f"{said} below {job.storage}; what was saved before is kept: mend it and run again") from error
+
+
+def disk_trouble(error: Exception) -> str:
+    """What a full, broken or read-only disk made of a write, in a few words; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.strerror} at {error.filename}" if error.filename else str(error.strerror)
+    # torch's own writer does not say why
+    unwritten = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container.cc"))
+    return "a checkpoint file could not be written whole (is the disk full?)" if unwritten else ""

@@ -11,6 +11,7 @@ import json
 import os
 from typing import Any
 
+from services.study.fence import Fence
 from services.study.storage import Storage, canonical_json
 
 NAME = "steps.jsonl"
@@ -19,22 +20,28 @@ NAME = "steps.jsonl"
 class StepLog:
     """Lines of `{"step": n, metric: value, ...}`, steps counted from 1 and strictly growing."""
 
-    def __init__(self, storage: Storage, kept: bytes = b"") -> None:
+    def __init__(self, storage: Storage, fence: Fence, kept: bytes = b"") -> None:
         """Starts the log with `kept`, the lines of the checkpoint that is resumed from; anything after them is dropped."""
         self._storage = storage
+        self._fence = fence
         self._content = bytearray(kept)
         self._path = storage.local_path / NAME if storage.local_path else None
-        storage.write(NAME, bytes(kept))
+        with fence.held():
+            storage.write(NAME, bytes(kept))
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Adds lines; they are with the operating system when this returns, and on the disk at the next checkpoint."""
+        """Adds lines; they are with the operating system when this returns, and on the disk at the next checkpoint.
+
+        Raises Fenced, as the constructor does.
+        """
         lines = b"".join(canonical_json(record).encode() + b"\n" for record in records)
         self._content += lines
-        if self._path is None:
-            self._storage.write(NAME, bytes(self._content))
-            return
-        with open(self._path, "ab", buffering=0) as stream:
-            stream.write(lines)
+        with self._fence.held():
+            if self._path is None:
+                self._storage.write(NAME, bytes(self._content))
+                return
+            with open(self._path, "ab", buffering=0) as stream:
+                stream.write(lines)
 
     def content(self) -> bytes:
         """All lines, for a checkpoint."""

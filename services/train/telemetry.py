@@ -7,6 +7,7 @@ itself instead of appearing twice.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from typing import Any
@@ -74,8 +75,11 @@ def as_metrics(stats: DecayStats) -> dict[str, float]:
     }
 
 
-def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
-    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out."""
+def write_histogram(storage: Storage, step: int, stats: DecayStats) -> str:
+    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out.
+
+    Returns the file's SHA-256, which checkpoints carry.
+    """
     counts, _ = stats.tensors()
     rows: list[dict[str, Any]] = []
     edges = [-math.inf, *bin_edges(), math.inf]
@@ -94,7 +98,21 @@ def write_histogram(storage: Storage, step: int, stats: DecayStats) -> None:
                 )
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), sink)
-    storage.write(f"{FOLDER}/step_{step:08d}.parquet", sink.getvalue())
+    storage.write(f"{FOLDER}/{file_name(step)}", sink.getvalue())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def file_name(step: int) -> str:
+    """The histogram file of a step."""
+    return f"step_{step:08d}.parquet"
+
+
+def damaged_histogram(storage: Storage, digests: dict[str, str]) -> str:
+    """The first of the named files that is missing or has other bytes than its digest says; empty when all are whole."""
+    for name, digest in digests.items():
+        if hashlib.sha256(storage.read(f"{FOLDER}/{name}") or b"").hexdigest() != digest:
+            return f"{FOLDER}/{name}"
+    return ""
 
 
 def merge_histograms(storage: Storage, last_step: int) -> bytes:

@@ -56,6 +56,7 @@ class Made:
         """Changes a JSON file of the study."""
         values = json.loads(self.storage.read(name))
         change(values)
+        values.pop("sha256", None)
         self.storage.write(name, json.dumps(values).encode())
 
 

@@ -123,37 +123,19 @@ def test_a_decay_added_as_one_file_is_planned_counted_trained_and_reported(
     assert "toy-vector" in (storage / "added" / "report" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("backend", ["warm", "train"])
-def test_resume_after_a_killed_worker_gives_same_bits(
-    backend, quiet, ray_head, write_study, decay, tmp_path, left, wait
+def test_resume_after_a_killed_worker_of_a_train_group_gives_same_bits(
+    quiet, ray_head, write_study, decay, tmp_path, left, wait
 ):
+    """The warm pool's workers, and the driver, are killed in tests/faults."""
     expected = undisturbed(quiet, write_study, decay, ray_head, tmp_path, left, **KILLED)
     storage = tmp_path / "killed"
-    path = write_study(**{**KILLED, "resources": {**TWO_RANKS, "backend": backend}})
+    path = write_study(**{**KILLED, "resources": {**TWO_RANKS, "backend": "train"}})
     driver = decay("run", str(path), "--storage", str(storage), address=ray_head["address"], log="killed.log")
     killed = left(storage, "kill")
     trial = expected.trials()[0]
     pid = wait(lambda: worker_pid_after(killed, trial, step=20), 120, "a worker past step 20")
     os.kill(pid, signal.SIGKILL)
     assert finish(driver) == 0, log(tmp_path, "killed.log")
-    assert killed.attempts(trial) == 2
-    same_end(expected, killed, trial)
-
-
-def test_resume_after_a_killed_driver_gives_same_bits(quiet, ray_head, write_study, decay, tmp_path, left, wait):
-    expected = undisturbed(quiet, write_study, decay, ray_head, tmp_path, left, **KILLED)
-    storage = tmp_path / "killed"
-    path = write_study(**KILLED)
-    arguments = ("run", str(path), "--storage", str(storage))
-    driver = decay(*arguments, address=ray_head["address"], log="killed.log")
-    killed = left(storage, "kill")
-    trial = expected.trials()[0]
-    worker = wait(lambda: worker_pid_after(killed, trial, step=20), 120, "a worker past step 20")
-    driver.kill()
-    driver.wait()
-    wait(lambda: not os.path.exists(f"/proc/{worker}"), 60, "the dead driver's worker to end")
-    assert "RUNNING" in killed.statuses(), "the kill came too late to leave a RUNNING run behind"
-    assert finish(decay(*arguments, address=ray_head["address"], log="killed.log")) == 0, log(tmp_path, "killed.log")
     assert killed.attempts(trial) == 2
     same_end(expected, killed, trial)
 
@@ -184,7 +166,7 @@ def test_a_warm_worker_gives_the_same_bits_in_any_order(ray_head, write_study, d
     assert ends[0] == ends[1]
 
 
-def test_sigterm_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, left, wait):
+def test_sigterm_saves_every_trial_and_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, left, wait):
     storage = tmp_path / "runs"
     # long enough that no machine finishes it before the signal has been heard
     path = write_study("stop", decays=("hgrn2",), steps=4000, recipe={"checkpoint_every": 100})
@@ -198,6 +180,11 @@ def test_sigterm_ends_a_run_in_order(ray_head, write_study, decay, tmp_path, lef
     assert "Traceback" not in log(tmp_path, "stopped.log")
     assert "RUNNING" not in stopped.statuses()
     assert not (storage / "stop" / "lease.json").exists()
+    (trial,) = stopped.trials()
+    (left_at,) = [event.details["step"] for event in stopped.ledger.events() if event.kind == "preempted"]
+    assert left_at > 100 and stopped.losses(trial)[-1][0] == left_at
+    assert (storage / "stop" / "trials" / trial / "checkpoints" / f"step_{left_at:08d}").exists()
+    assert stopped.ledger.states([trial])[trial].state == "started", "a notice is no failure"
 
 
 def test_a_study_grows_but_neither_its_file_nor_its_data_may_change(

@@ -169,6 +169,7 @@ def test_a_manifest_without_keys_that_came_since_is_the_same_study(run):
     body = json.loads(storage.read(NAME))
     for key in ("vary", "match"):
         del body["study"][key]
+    del body["sha256"]  # earlier releases wrote none
     storage.write(NAME, canonical_json(body).encode())
     assert changed(a, b) == {}
 

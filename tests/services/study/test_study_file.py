@@ -1,15 +1,17 @@
 """A study file is checked to the last key: what is wrong is one line that names the file and the remedy."""
 
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from small_study import VALID, merged
 
+from services import cli
 from services.data import tokenizers
 from services.study import plan as plan_module
 from services.study.file import RecipeFields, Study, StudyError, read_study
@@ -125,6 +127,7 @@ def test_a_missing_key_inside_is_named_with_its_place(write_study):
         (GOOD + "1: 2\n", "key 1 is no word"),
         (GOOD + "? [a, b]\n: c\n", "is no word"),
         (GOOD + "? !!set {a}\n: c\n", "is no word"),
+        (GOOD + '"\\ud800": 1\n', "is no text (half a character)"),
         (GOOD + "base: &base {a: 1}\nother: {<<: *base}\n", "merging with << is not understood here"),
         ("name: !!python/object:os.system {}\n", "could not determine a constructor for the tag"),
         ("name: !!python/object/apply:os.system ['false']\n", "could not determine a constructor for the tag"),
@@ -262,7 +265,7 @@ def mutated(draw):
     return whole["study"]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=mutated())
 def test_any_mutation_of_a_study_is_planned_or_refused_in_one_line(tmp_path, raw):
     path = tmp_path / "mutated.yaml"
@@ -275,3 +278,59 @@ def test_any_mutation_of_a_study_is_planned_or_refused_in_one_line(tmp_path, raw
         return
     assert plan.trials and len({trial.id for trial in plan.trials}) == len(plan.trials)
     assert all(re.fullmatch("[0-9a-f]{12}", trial.id) for trial in plan.trials)
+
+
+@st.composite
+def malformed(draw):
+    """The text of a study file that somebody changed as a value, or that lost, gained or flipped bytes."""
+    if draw(st.booleans()):
+        return yaml.safe_dump(draw(mutated())).encode("utf-8", "replace")
+    data = bytearray(GOOD.encode())
+    for _ in range(draw(st.integers(1, 4))):
+        here = draw(st.integers(0, len(data) - 1))
+        match draw(st.sampled_from(["cut", "drop", "flip", "insert", "twice"])):
+            case "cut":
+                del data[max(here, 1):]
+            case "drop":
+                del data[here : here + draw(st.integers(1, 20))]
+                data = data or bytearray(b"-")
+            case "flip":
+                data[here] ^= 1 << draw(st.integers(0, 7))
+            case "insert":
+                data[here:here] = draw(st.binary(min_size=1, max_size=8))
+            case "twice":
+                data[here:here] = data[: here // 2]
+    return bytes(data)
+
+
+def planned(path):
+    try:
+        make_plan(read_study(path))
+    except StudyError:
+        return False
+    return True
+
+
+def test_500_malformed_studies_end_a_run_with_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    """The whole command `decay run`, up to its exit code; a change that leaves a valid study is drawn again."""
+    monkeypatch.chdir(tmp_path)
+    refusals = []
+    path = tmp_path / "malformed.yaml"
+
+    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+    @given(text=malformed())
+    def run(text):
+        path.write_bytes(text)
+        assume(not planned(path))
+        monkeypatch.setattr(sys, "argv", ["decay", "run", str(path), "--storage", str(tmp_path / "runs")])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert ended.value.code == 2
+        assert said.out == "" and len(said.err.splitlines()) == 1 and said.err.startswith(f"decay: study file {path}")
+        assert [item.name for item in tmp_path.iterdir()] == [path.name]
+        refusals.append(text)
+
+    run()
+    assert len(refusals) >= 500

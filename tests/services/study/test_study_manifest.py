@@ -7,7 +7,7 @@ import pytest
 
 from services.study.file import StudyError
 from services.study.ledger import Ledger
-from services.study.manifest import NAME, check_unchanged, next_manifest, read_manifest, write_manifest
+from services.study.manifest import NAME, check_unchanged, drift, next_manifest, read_manifest, write_manifest
 from services.study.plan import make_plan
 
 DATA = {"digest": "a" * 64, "source": "sotu", "path": "/data"}
@@ -105,7 +105,36 @@ def test_several_changed_keys_are_all_named(study, started):
 
 def test_other_data_under_the_same_name_is_refused(study, started):
     said = refused(next_manifest, started, make_plan(study()), {**DATA, "digest": "b" * 64})
-    assert "digest was aaaaaaaaaaaa, is bbbbbbbbbbbb (sotu); restore the data" in said
+    assert "data of sotu changed: digest was aaaaaaaaaaaa, is bbbbbbbbbbbb; restore it" in said and "--accept-drift" in said
+
+
+def test_another_tokenizer_and_other_code_are_refused_with_both_hashes_and_accepted_on_demand(study, started):
+    plan = make_plan(study())
+    file = next(name for name in started.code if name.startswith("decay_core/decays/"))
+    assert len(started.code[file]) == 64 and "services/train/loop.py" in started.code
+    old = replace(started, data={**DATA, "tokenizer_sha256": "c" * 64}, code={**started.code, file: "e" * 64})
+    data = {**DATA, "tokenizer_sha256": "d" * 64}
+    said = refused(next_manifest, old, plan, data)
+    assert "tokenizer changed: was cccccccccccc, is dddddddddddd" in said
+    assert f"code {file} changed: was eeeeeeeeeeee, is {started.code[file][:12]}" in said
+    accepted = next_manifest(old, plan, data, accept_drift=True)
+    assert accepted.code == started.code and len(drift(old, accepted)) == 2
+
+
+def test_a_finished_study_may_be_looked_at_with_newer_code(study, started):
+    old = replace(started, code={**started.code, "services/train/loop.py": "e" * 64})
+    assert next_manifest(old, make_plan(study()), DATA, idle=True).code == old.code
+
+
+def test_a_manifest_of_an_earlier_release_takes_the_code_of_today(study, started):
+    assert next_manifest(replace(started, code={}), make_plan(study()), DATA).code == started.code
+
+
+def test_a_password_in_an_address_is_not_kept(study, storage):
+    uri = "postgresql://mlflow:hunter2@db/mlflow"
+    manifest = next_manifest(None, make_plan(study(tracking={"uri": uri})), DATA)
+    write_manifest(storage, manifest)
+    assert b"hunter2" not in storage.read(NAME) and b"postgresql://mlflow:***@db/mlflow" in storage.read(NAME)
 
 
 @pytest.mark.parametrize(

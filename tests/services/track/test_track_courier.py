@@ -1,10 +1,13 @@
 """Every step reaches MLflow once, whatever dies on the way, and training never waits for it."""
 
+import http.client
+import http.server
 import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -313,5 +316,71 @@ def test_a_server_that_goes_away_delays_the_steps_and_loses_none(tmp_path, stora
         assert again.open_trial(TRIAL, "gla", {"decay": "gla"}, DATA) == run_id
         new_courier(again, storage, run_id, steps=12).poll()
         assert steps_of(again, run_id, SPEED) == list(range(1, 13)) and again.status(run_id) == "FINISHED"
+    finally:
+        server.kill()
+
+
+class Gateway(http.server.ThreadingHTTPServer):
+    """Passes requests on to a server; in other modes it answers 503, loses the answer to what was done, or is slow."""
+
+    daemon_threads = True
+
+    def __init__(self, behind):
+        self.behind, self.mode, self.broken = behind, "pass", 0
+        super().__init__(("127.0.0.1", free_port()), Passing)
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Passing(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.do_GET()
+
+    def do_GET(self):
+        mode, gateway = self.server.mode, self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        gateway.broken += mode != "pass"
+        if mode == "slow":
+            time.sleep(1.0)
+        status, answer = 503, b"{}"
+        if mode != "away":
+            link = http.client.HTTPConnection("127.0.0.1", gateway.behind, timeout=60)
+            headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+            link.request(self.command, self.path, body, headers)
+            response = link.getresponse()
+            status, answer = (response.status, response.read()) if mode != "lost" else (503, response.read())
+            link.close()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_server_that_refuses_loses_its_answer_or_is_slow_has_each_step_once_in_order(
+    tmp_path, storage, process_env, monkeypatch
+):
+    monkeypatch.setattr(courier_module, "RETRY_S", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    server = Server(tmp_path / "server", process_env)
+    try:
+        server.start()
+        gateway = Gateway(server.port)
+        tracker = Tracker(gateway.uri, None)
+        tracker.open_study("remote", "which?")
+        run_id = tracker.open_trial(TRIAL, "gla", {"decay": "gla"}, DATA)
+        courier = new_courier(tracker, storage, run_id, steps=12)
+        for number, mode in enumerate(("away", "lost", "slow", "lost", "pass")):
+            gateway.mode, gateway.broken = mode, 0
+            append(storage, log_of(range(1 + 4 * number, 5 + 4 * number)))
+            courier.poll()  # raises nothing
+            assert gateway.broken or mode == "pass", mode
+        assert steps_of(tracker, run_id) == list(range(1, 21)) == steps_of(tracker, run_id, SPEED)
+        gateway.shutdown()
+        gateway.server_close()
     finally:
         server.kill()

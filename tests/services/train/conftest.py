@@ -64,8 +64,11 @@ def cache(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> TokenC
 
 
 @pytest.fixture
-def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp_path: Path) -> Callable[..., Any]:
-    """Trains tiny trials on real ranks, several in the same processes: train({"name": ..., "workers": 2, ...}, ...)."""
+def launch(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp_path: Path) -> Callable[..., Any]:
+    """Starts real ranks on tiny trials, several in the same processes: launch({"name": ..., "workers": 2, ...}, ...).
+
+    `faults` are for these processes alone; `env` is added to their environment.
+    """
 
     def write(
         name: str,
@@ -91,17 +94,37 @@ def train(tiny_study: Study, cache: TokenCache, process_env: dict[str, str], tmp
         path.write_text(json.dumps(job))
         return path
 
-    def run(*jobs: dict[str, Any], kill_at: int = 0, victim: int = 0) -> list[Outcome]:
+    def start(
+        *jobs: dict[str, Any],
+        kill_at: int = 0,
+        victim: int = 0,
+        faults: list[dict[str, Any]] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> list[subprocess.Popen[str]]:
         workers = jobs[0].get("workers", 1)
         assert all(job.get("workers", 1) == workers for job in jobs)
         paths = [f"{_free_port()}={write(**job)}" for job in jobs]
-        processes = [
+        more = dict(env or {})
+        if faults is not None:
+            more["DECAY_FAULTS"] = str(tmp_path / "faults.json")
+            (tmp_path / "faults.json").write_text(json.dumps(faults))
+        return [
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(rank), str(kill_at if rank == victim else 0), *paths],
-                env=process_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**process_env, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for rank in range(workers)
         ]  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def train(launch: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Launches trials and waits for their ends: train({"name": ..., "workers": 2, ...}, ..., kill_at=7)."""
+
+    def run(*jobs: dict[str, Any], kill_at: int = 0, victim: int = 0, **how: Any) -> list[Outcome]:
+        processes = launch(*jobs, kill_at=kill_at, victim=victim, **how)
         _end_together(processes)
         outputs = [process.communicate(timeout=400) for process in processes]
         assert kill_at or all(process.returncode == 0 for process in processes), outputs

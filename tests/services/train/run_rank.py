@@ -10,8 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
+from services.study.fence import Fenced
 from services.train.environment import device_of, prepare_process
 from services.train.job import TrialFailed, TrialJob, World
+from services.train.notice import Preempted
 
 
 def main(rank: str, kill_at_step: str, *jobs: str) -> None:
@@ -32,8 +34,8 @@ def main(rank: str, kill_at_step: str, *jobs: str) -> None:
         engine.join(world)
         try:
             line = "RESULT " + json.dumps(loop.train_trial(job, world))
-        except TrialFailed as failure:
-            line = "FAILED " + json.dumps(str(failure))
+        except (TrialFailed, Fenced, Preempted) as failure:
+            line = "FAILED " + json.dumps(f"{type(failure).__name__}: {failure}")
         finally:
             engine.leave()
         print(line, flush=True)
