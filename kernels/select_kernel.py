@@ -134,9 +134,9 @@ def toolchain() -> str:
     return choose_ptxas()
 
 
-def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:
+def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Choice:
     """Returns the delta scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
-    what = _described(q_bthk, v_bthv, log_decay)
+    what = _described(q_bthk, v_bthv, decay.x if isinstance(decay, DecaySource) else decay)
     return _choose("delta scan", _DELTA_SCANS, f"plain torch in chunks of {DELTA_CHUNK} serves {what}")
 
 
