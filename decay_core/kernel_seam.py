@@ -127,7 +127,7 @@ def delta_scan(
     the definition.
     """
     with torch.autocast(q_bthk.device.type, enabled=False):
-        scan = _SELECTOR.select_delta_scan(q_bthk, v_bthv, decay).scan
+        scan = _SELECTOR.delta_scan_for(q_bthk, v_bthv, decay)
         options = (initial_state, output_final_state, scale, cu_seqlens, exact, normalize_key)
         o_bthv, state = scan(q_bthk, k_bthk, v_bthv, beta_bth, decay, beta_on_write, *options)
     return o_bthv, state
@@ -136,3 +136,11 @@ def delta_scan(
 def explain_delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None = None) -> str:
     """One line: which implementation `delta_scan` would take for these tensors, and why."""
     return str(_SELECTOR.select_delta_scan(q_bthk, v_bthv, decay))
+
+
+def explain_delta_configuration(
+    q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None = None
+) -> tuple[str, str] | None:
+    """As explain_configuration, of `delta_scan`."""
+    found: tuple[str, str] | None = _SELECTOR.delta_configuration(q_bthk, v_bthv, decay)
+    return found
