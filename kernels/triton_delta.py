@@ -45,13 +45,13 @@ class DeltaConfig:
 
     chunk: tokens of a step of every kernel, a power of two. policy: "save" keeps what the backward pass wants, "recompute"
     makes it again. solve_…, forward_…, reverse_…, gradient_…: of the four kernels; warps, stages, most registers per thread,
-    the widest slice of V in a program of a walk, and the widest slice of K that a program of the gradients holds at a time.
+    the widest slice of V in a program of a walk, and the widest slices of K and V that a program of the gradients holds.
     """
 
     chunk: int = 64
     policy: str = "save"
     solve_warps: int = 4
-    solve_registers: int | None = None
+    solve_registers: int | None = 168
     forward_warps: int = 4
     forward_stages: int = 2
     forward_registers: int | None = None
@@ -63,6 +63,7 @@ class DeltaConfig:
     gradient_warps: int = 4
     gradient_registers: int | None = None
     gradient_key_block: int = 64
+    gradient_value_block: int = 128
 
 
 class Saved(NamedTuple):
@@ -97,7 +98,7 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DeltaCo
     """Returns configurations worth timing for these dims, the default first."""
     if dtype == torch.float32:
         return [DeltaConfig(chunk=32, forward_stages=1, reverse_stages=1)]
-    return [DeltaConfig()]
+    return [DeltaConfig(), DeltaConfig(forward_stages=3, reverse_stages=3), DeltaConfig(solve_registers=128)]
 
 
 def forward(
@@ -291,18 +292,22 @@ class _Call:
     ) -> DeltaGradients:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
         d_beta = self.new(*self.q.shape[:3])
-        d_log = None if self.source is None else self.new(*self.q.shape[:3])
+        block_k = min(self.config.gradient_key_block, self.whole_k)
+        slices = 1 if self.modes["NORM"] else cdiv(self.key_dim, block_k)
+        d_log = None if self.source is None else self.new(slices, *self.q.shape[:3])
         inputs = {"q": self.q, "k": self.k, "v": self.v, "d": do}
         arguments = dict(
             **inputs, gates=saved.gates, errors=saved.errors, dr=dr, starts=saved.states, ends=d_states, cu=self.cu, dq=dq,
-            dk=dk, dv=dv, d_beta=d_beta, d_log=d_log, log2_scale=self.log2_scale, tokens=self.tokens, heads=self.heads,
+            dk=dk, dv=dv, d_beta=d_beta, d_log=d_log, log2_scale=self.log2_scale, tokens=self.tokens, batches=self.batch,
+            heads=self.heads,
             sequences=self.sequences, search_steps=self.sequences.bit_length(), **self.rows(**inputs),
-            K=self.key_dim, V=self.value_dim, BLOCK_K=min(self.config.gradient_key_block, self.whole_k), BLOCK_V=self.whole_v,
-            CHUNK=self.config.chunk, STAGES=1, **self.numbers, **self.modes,
+            K=self.key_dim, V=self.value_dim, BLOCK_K=block_k, BLOCK_V=min(self.config.gradient_value_block, self.whole_v),
+            APART=not self.modes["NORM"],
+            CHUNK=self.config.chunk, **self.numbers, **self.modes,
         )  # fmt: skip
         with self.on_device:
             how = {"num_warps": self.config.gradient_warps, "num_stages": 1, **_limit(self.config.gradient_registers)}
-            launch(gradients_kernel, (self.slots * self.heads,), arguments, **how)
+            launch(gradients_kernel, (self.slots * self.heads * slices,), arguments, **how)
         return DeltaGradients(dq, dk, dv, d_beta.to(self.beta.dtype), **self.gate_gradients(d_log), initial_state=d_initial)
 
     def gate_gradients(self, d_log: Tensor | None) -> dict[str, Tensor | None]:
@@ -310,14 +315,14 @@ class _Call:
         if self.source is None or d_log is None:
             return {"x": None, "gain": None, "offset": None}
         x = self.source.x
-        if self.source.kind == "log" and x.dtype == d_log.dtype:
-            return {"x": d_log, "gain": None, "offset": None}
+        if self.source.kind == "log" and x.dtype == d_log.dtype and d_log.shape[0] == 1:
+            return {"x": d_log[0], "gain": None, "offset": None}
         rows, block_rows, block_heads = self.batch * self.tokens, 64, min(16, next_power_of_2(self.heads))
         grid = (cdiv(rows, block_rows), cdiv(self.heads, block_heads))
         dx, parameters = torch.empty(x.shape, dtype=x.dtype, device=x.device), self.parameters()
         sums = {f"d_{name}": None if y is None else self.new(grid[0], self.heads) for name, y in parameters.items()}
         arguments = dict(
-            d_log=d_log, x=x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=1, rows=rows,
+            d_log=d_log, x=x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
             tokens=self.tokens, heads=self.heads, **_strides("x", x), ROWS=block_rows, HEADS=block_heads,
             KIND=KINDS[self.source.kind],
         )  # fmt: skip

@@ -4,9 +4,10 @@ With K̃_ij = k_i·k_j Γ_ij for j < i (Γ_ij: λ's product over the tokens afte
 (I + β K̃) U = R, and what the walks want is M = K̃ (I + β K̃)^-1, of which (I + β K̃)^-1 = I − β M and (I + K̃ β)^-1 = I − M β.
 
 What is surprising:
-- M rather than the inverse is kept: its unit diagonal stays exact in 16 bits, and nothing is ever divided by β.
-- Blocks are inverted in pairs, from single tokens up: with C the block between two halves,
-  M <- M + (I − M β) C (I − β M). No power of a matrix appears, so collinear keys with β near 2 make nothing large.
+- M rather than the inverse is kept: its unit diagonal stays exact in 16 bits, and what uses M divides nothing by β.
+- Blocks are inverted in pairs, from single tokens up: between two halves M β is (I − M β) K̃ β (I − M β). No power of a matrix
+  appears, so collinear keys with β near 2 make nothing large, and rounding stays relative to M's own entries. All of K̃ is
+  multiplied and what lies between halves is taken, so that K̃ is an operand that never changes.
 - For 16-bit inputs the products are of fp16 operands, which have tf32's digits at half the cost, where no erasure expands
   (β |k|² <= 2) and keys are not huge. Elsewhere a program takes tf32.
 - Gates are left for the other kernels in fp32, by chunk: running sums of log2 λ, β, and 1 / |k| where keys are normalized.
@@ -60,25 +61,29 @@ def get_total(gates, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _merged(inverse, lower, beta, rows, level, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """M of blocks of 2^(level + 1) tokens from that of their halves; `lower` is K̃."""
-    across = tl.where(((rows[:, None] ^ rows[None, :]) >> level) == 1, lower, 0.0)
-    minus_beta = -beta[None, :]
-    inner = tl.dot((inverse * minus_beta).to(OPERAND), across.to(OPERAND), across, input_precision=PRECISION)
-    return inverse + tl.dot((inner * minus_beta).to(OPERAND), inverse.to(OPERAND), inner, input_precision=PRECISION)
+def _merged(inverse, lower, rows, level, PRECISION: tl.constexpr):
+    """−M β of blocks of 2^(level + 1) tokens from that of their halves; `lower` is −K̃ β, as products take it."""
+    operand = inverse.to(lower.dtype)
+    across = tl.dot(operand, lower, lower.to(tl.float32), input_precision=PRECISION)
+    across = tl.dot(across.to(lower.dtype), operand, across, input_precision=PRECISION)
+    return tl.where(((rows[:, None] ^ rows[None, :]) >> level) == 1, across, inverse)
 
 
 @triton.jit
 def inverted(lower, beta, fits, rows, LEVELS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
     """M from K̃, strictly lower triangular. fits: whether fp16 has the range."""
+    # M β is what is built; a β that is raised to here changes M by less than its rounding.
+    beta = tl.maximum(beta, 1e-20 if LP == tl.float32 else 6e-5)
+    lower *= -beta[None, :]
     inverse = tl.where((rows[:, None] ^ rows[None, :]) == 1, lower, 0.0)
     if LP != tl.float32 and fits:
+        operand = lower.to(tl.float16)
         for level in tl.static_range(1, LEVELS):
-            inverse = _merged(inverse, lower, beta, rows, level, tl.float16, PRECISION)
+            inverse = _merged(inverse, operand, rows, level, PRECISION)
     else:
         for level in tl.range(1, LEVELS):
-            inverse = _merged(inverse, lower, beta, rows, level, tl.float32, PRECISION)
-    return inverse
+            inverse = _merged(inverse, lower, rows, level, PRECISION)
+    return inverse * (-1.0 / beta)[None, :]
 
 
 # fmt: off

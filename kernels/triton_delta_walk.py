@@ -69,7 +69,7 @@ def forward_kernel(
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     ahead, ahead_fraction = get_total(g_base, CHUNK, SPLIT)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - c * CHUNK
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         mc = tl.load(m_base + m_offsets).to(LP)
@@ -159,7 +159,7 @@ def reverse_kernel(
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     ahead, ahead_fraction = get_total(g_base, CHUNK, SPLIT)
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - (chunks - 1 - c) * CHUNK
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
