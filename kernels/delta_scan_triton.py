@@ -4,7 +4,7 @@ What is unusual: as in decay_scan_triton.py the operators are opaque to a compil
 through an autograd function; what the backward pass wants back is four outputs of the forward operator, empty where no gradient
 is wanted and with DECAY_KERNEL_POLICY=recompute; configurations come from tuned.py's table, else from the launchers; and one
 token without gradients is a kernel of its own (delta_step_triton.py).
-Source: delta_scan_naive.py is the definition; the kernels are in triton_delta.py.
+Source: delta_scan_naive.py is the definition; the kernels are in triton_delta.py and triton_delta_vector.py.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.decay_scan_triton import POLICY, _side_by_side, _traced, absence, architecture_of, policy
-from kernels.decay_scan_triton import refusal as width_refusal
+from kernels.decay_scan_triton import POLICY, _side_by_side, _traced, absence, architecture_of, policy, refusal
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_step_triton import delta_step_triton
@@ -25,6 +24,11 @@ from kernels.triton_delta import backward as scalar_backward
 from kernels.triton_delta import default_config as scalar_config
 from kernels.triton_delta import forward as scalar_forward
 from kernels.triton_delta import saved_like as scalar_saved_like
+from kernels.triton_delta_vector import DeltaVectorConfig
+from kernels.triton_delta_vector import backward as vector_backward
+from kernels.triton_delta_vector import default_config as vector_config
+from kernels.triton_delta_vector import forward as vector_forward
+from kernels.triton_delta_vector import saved_like as vector_saved_like
 from kernels.tuned import tuned_config
 
 
@@ -49,7 +53,7 @@ def delta_scan_triton(
     ValueError for arguments that do not fit.
     """
     check_delta_scan(q_bthk, k_bthk, v_bthv, beta_bth, decay, initial_state_bhkv, scale, cu_seqlens)
-    if (reason := absence(q_bthk.device) or refusal(q_bthk, v_bthv, decay)) is not None:
+    if (reason := absence(q_bthk.device) or refusal(q_bthk, v_bthv)) is not None:
         raise ValueError(f"{reason}; take delta_scan_chunked")
     arguments = (q_bthk, k_bthk, v_bthv, beta_bth, decay, beta_on_write, initial_state_bhkv)
     if 0 in q_bthk.shape[:3]:
@@ -64,6 +68,7 @@ def delta_scan_triton(
     q, k, v = (_side_by_side(x.to(q_bthk.dtype)) for x in (q_bthk, k_bthk, v_bthv))
     x = None if source is None else source.x
     beta, x = (y.float() if y is not None and y.dtype == torch.float64 else y for y in (beta_bth, x))
+    x = _side_by_side(x) if x is not None and x.dim() == 4 else x
     used = () if source is None else PARAMETERS[source.kind]
     parameters = (made_of[1] if "gain" in used else None, made_of[2] if "offset" in used else None)
     gain, offset, initial = (None if y is None else y.float().contiguous() for y in (*parameters, initial_state_bhkv))
@@ -74,13 +79,6 @@ def delta_scan_triton(
     way = _forward if _traced(q) else _Eager.apply if keep else _scan
     o, state, *_ = way(q, k, v, beta, x, gain, offset, initial, cu, *options, output_final_state, keep and asked != "recompute")
     return o.to(v_bthv.dtype), state if output_final_state else None
-
-
-def refusal(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> str | None:
-    """Why the kernels cannot serve these tensors; None when they can."""
-    if granularity_of(decay.x if isinstance(decay, DecaySource) else decay) not in _LAUNCHERS:
-        return "the Triton kernels of the delta rule take no decay per key channel"
-    return width_refusal(q_bthk, v_bthv)
 
 
 def granularity_of(x: Tensor | None) -> str:
@@ -117,6 +115,7 @@ class _Launchers(NamedTuple):
 
 _LAUNCHERS = {
     "delta_scalar": _Launchers(scalar_forward, scalar_backward, scalar_saved_like, scalar_config, DeltaConfig),
+    "delta_vector": _Launchers(vector_forward, vector_backward, vector_saved_like, vector_config, DeltaVectorConfig),
 }
 
 
@@ -126,6 +125,11 @@ def _prepared(q: Tensor, v: Tensor, x: Tensor | None, asked: str) -> tuple[_Laun
     widths = int(q.shape[-1]), int(v.shape[-1])  # kernels are compiled for one width: never symbols
     config, _ = chosen_config(architecture_of(q.device), granularity, *widths, q.dtype, asked)
     return _LAUNCHERS[granularity], config
+
+
+def _exactness(x: Tensor | None, exact: bool) -> dict[str, bool]:
+    """The kernels of a scalar decay are exact anyway."""
+    return {"exact": exact} if granularity_of(x) == "delta_vector" else {}
 
 
 def _source(x: Tensor | None, gain: Tensor | None, offset: Tensor | None, kind: str, slope: float) -> DecaySource | None:
@@ -155,7 +159,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launchers, config = _prepared(q, v, x, policy)
     given = (q, k, v, beta, _source(x, gain, offset, kind, slope), scale, initial_state, want_state, want_saved)
-    o, state, saved = launchers.forward(*given, beta_on_write, normalize_key, config, cu_seqlens)
+    o, state, saved = launchers.forward(*given, beta_on_write, normalize_key, config, cu_seqlens, **_exactness(x, exact))
     inverse, gates, states, errors = (q.new_empty(0) for _ in range(4)) if saved is None else saved
     return o, q.new_empty(0) if state is None else state, inverse, gates, states, errors
 
@@ -191,7 +195,8 @@ def _scan_backward(
     saved = Saved(inverse, gates, states, errors) if states.numel() else None
     d_state = None if d_state is None else d_state.float().contiguous()
     given = (q, k, v, beta, _source(x, gain, offset, kind, slope), scale, initial_state)
-    found = launchers.backward(*given, saved, _side_by_side(do), d_state, beta_on_write, normalize_key, config, cu_seqlens)
+    given = (*given, saved, _side_by_side(do), d_state, beta_on_write, normalize_key, config, cu_seqlens)
+    found = launchers.backward(*given, **_exactness(x, exact))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)
     return dq, *others
 

@@ -116,8 +116,8 @@ def _decay_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
     return _chosen("decay scan", _DECAY_SCANS, q_bthk, lambda: _triton_scan(q_bthk, v_bthv))
 
 
-def _delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> tuple[str, Scan, str | None]:
-    return _chosen("delta scan", _DELTA_SCANS, q_bthk, lambda: _triton_delta_scan(q_bthk, v_bthv, decay))
+def _delta_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
+    return _chosen("delta scan", _DELTA_SCANS, q_bthk, lambda: _triton_delta_scan(q_bthk, v_bthv))
 
 
 def _chosen(
@@ -152,19 +152,19 @@ def toolchain() -> str:
 
 def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Choice:
     """Returns the delta scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
-    found = _delta_scan(q_bthk, v_bthv, decay)
+    found = _delta_scan(q_bthk, v_bthv)
     what = _described(q_bthk, v_bthv, decay.x if isinstance(decay, DecaySource) else decay)
     return Choice(recurrence="delta scan", name=found[0], scan=found[1], reason=_reason(found, what, DELTA_CHUNK))
 
 
 def delta_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Scan:
     """The scan that `select_delta_scan` chooses, with a warning as in `decay_scan_for`."""
-    return _warned(_delta_scan(q_bthk, v_bthv, decay), q_bthk)
+    return _warned(_delta_scan(q_bthk, v_bthv), q_bthk)
 
 
 def delta_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> tuple[str, str] | None:
     """As `scan_configuration`, of the delta scan."""
-    if _delta_scan(q_bthk, v_bthv, decay)[0] != "triton":
+    if _delta_scan(q_bthk, v_bthv)[0] != "triton":
         return None
     from kernels.decay_scan_triton import architecture_of, policy
     from kernels.delta_scan_triton import chosen_config, granularity_of
@@ -200,16 +200,16 @@ def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> Found:
     return (decay_scan_triton if reason is None else None), reason, missing
 
 
-def _triton_delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Found:
+def _triton_delta_scan(q_bthk: Tensor, v_bthv: Tensor) -> Found:
     """The same of the delta scan."""
     try:
-        from kernels.decay_scan_triton import absence
-        from kernels.delta_scan_triton import delta_scan_triton, refusal
+        from kernels.decay_scan_triton import absence, refusal
+        from kernels.delta_scan_triton import delta_scan_triton
     except ImportError:
         missing = "Triton is not installed"
         return None, missing, missing
     missing = absence(q_bthk.device)
-    reason = missing or refusal(q_bthk, v_bthv, decay)
+    reason = missing or refusal(q_bthk, v_bthv)
     return (delta_scan_triton if reason is None else None), reason, missing
 
 

@@ -9,7 +9,7 @@ import json
 import pytest
 from vector_cases import run_as_script
 
-GRANULARITIES = ["scalar"]
+GRANULARITIES = ["scalar", "vector"]
 # Relative norms. fp16 tells the products of fp16 operands that invert a chunk's system from those that do not.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3}
 # With all keys alike and β near 2 pseudo-values are large and cancel in every output.
