@@ -148,7 +148,8 @@ def prepare_kernel(
                 batch, start, left = locate_slot(cu, slot + n, sequences, search_steps, tokens, CHUNK)
                 _prepare_at(
                     q, k, x, beta, gain, offset, inverse, scores, queries, erasers, writers, totals, gates, None,
-                    slope, scale, heads, head, slot + n, batch, start, left, q_b, q_t, q_h, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+                    slope, scale, heads, head, slot + n, batch, start, left,
+                    q_b, q_t, q_h, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
                     K, BLOCK_K, CHUNK, LEVELS, KIND, ONE_HALF, LP, PRECISION, NORM, EXACT, RANGE,
                 )
     else:
@@ -157,7 +158,8 @@ def prepare_kernel(
             return
         _prepare_at(
             q, k, x, beta, gain, offset, inverse, scores, queries, erasers, writers, totals, gates, flags,
-            slope, scale, heads, head, slot, batch, start, left, q_b, q_t, q_h, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+            slope, scale, heads, head, slot, batch, start, left,
+            q_b, q_t, q_h, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
             K, BLOCK_K, CHUNK, LEVELS, KIND, ONE_HALF, LP, PRECISION, NORM, EXACT, RANGE,
         )
 # fmt: on
