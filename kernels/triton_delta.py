@@ -9,9 +9,8 @@ What is unusual:
 - λ is made from what it is a function of by `solve` alone, which leaves running sums for the others.
 - The backward pass is given the solved systems, the state at each chunk's start and the error of each recall; with the policy
   `recompute` it makes them again.
-- A state is walked in slices of V; a sequence with few heads is cut into segments. A segment acts on the state that it starts
-  from as a K × K matrix, so a first walk finds what it adds and another what it makes of the identity, and a short one over
-  the segments gives each its initial state.
+- A state is walked in slices of V, whose columns do not meet. A sequence is walked by as many programs as it has heads and
+  slices, so that few heads leave a device idle: a segment acts on the state that it starts from as a K × K matrix.
 - fp32 inputs are multiplied as three tf32 products. No atomics: two runs give equal bits.
 Source: delta_scan_naive.py is the definition; the chunked form is that of DeltaNet (arXiv 2406.06484).
 """

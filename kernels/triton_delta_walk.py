@@ -38,7 +38,7 @@ def forward_kernel(
     WRITE: tl.constexpr, STAGES: tl.constexpr, EACH: tl.constexpr,
 ):
     """WRITE: w = β, else 1. states: S before each chunk; errors: as v. EACH span's last state, or the last one's of each row,
-    goes to `final`. Without o only states are made, and without v what they make of the identity."""
+    goes to `final`. Without o only states and errors are made."""
     SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     _, slice_v, batch, segment, head, start, count = locate(cu, heads, segments, length, tokens, 1, SLICES_V)
     rows = tl.arange(0, CHUNK)
@@ -47,9 +47,8 @@ def forward_kernel(
     chunks = tl.cdiv(count, CHUNK)
     k_base = k + (batch * k_b + start * k_t + head * k_h) * ALIGN
     k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
-    if v is not None:
-        v_base = v + (batch * v_b + start * v_t + head * v_h) * ALIGN
-        v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
+    v_base = v + (batch * v_b + start * v_t + head * v_h) * ALIGN
+    v_offsets = rows[:, None] * (v_t * ALIGN) + cv[None, :]
     if o is not None:
         q_base = q + (batch * q_b + start * q_t + head * q_h) * ALIGN
         q_offsets = rows[:, None] * (q_t * ALIGN) + ck[None, :]
@@ -62,9 +61,7 @@ def forward_kernel(
     m_offsets = rows[:, None] * CHUNK + rows[None, :]
     g_base = gates + place * (PLANES * CHUNK)
     span = (batch * segments + segment) * heads + head
-    if v is None:
-        state = tl.where(ck[:, None] == cv[None, :], 1.0, 0.0)
-    elif initial is not None:
+    if initial is not None:
         state = get_state(initial + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
@@ -83,23 +80,19 @@ def forward_kernel(
         if states is not None:
             put_state(states + (place + c * heads) * (K * V), ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
         recalled = tl.dot(kc, rounded, input_precision=PRECISION) * (from_start * inverse_norm)[:, None]
-        if v is None:
-            recalled = tl.dot(mc, (recalled * -beta[:, None]).to(LP), recalled, input_precision=PRECISION)
-            u = recalled * -beta[:, None]
+        value = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, tl.float32)
+        v_base += CHUNK * v_t * ALIGN
+        rest = beta[:, None] * (value - recalled) if WRITE else value - beta[:, None] * recalled
+        recalled = tl.dot(mc, rest.to(LP), recalled, input_precision=PRECISION)
+        if WRITE:
+            error = value - recalled
+            u = beta[:, None] * error
         else:
-            value = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, tl.float32)
-            v_base += CHUNK * v_t * ALIGN
-            rest = beta[:, None] * (value - recalled) if WRITE else value - beta[:, None] * recalled
-            recalled = tl.dot(mc, rest.to(LP), recalled, input_precision=PRECISION)
-            if WRITE:
-                error = value - recalled
-                u = beta[:, None] * error
-            else:
-                error = -recalled
-                u = value + beta[:, None] * error
-            if errors is not None:
-                put_tile(e_base, out_offsets, rows, cv, left, error, V, BLOCK_V)
-                e_base += CHUNK * heads * V
+            error = -recalled
+            u = value + beta[:, None] * error
+        if errors is not None:
+            put_tile(e_base, out_offsets, rows, cv, left, error, V, BLOCK_V)
+            e_base += CHUNK * heads * V
         if NORM:
             u *= inverse_norm[:, None]
         if o is not None:
@@ -131,8 +124,7 @@ def reverse_kernel(
     LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr,
     STAGES: tl.constexpr, EACH: tl.constexpr,
 ):
-    """d: dO. dr: dR, as d; d_states: dS after each chunk. EACH span's first dS, or that of each row, goes to d_initial. Without
-    dr only dS is made."""
+    """d: dO. dr: dR, as d; d_states: dS after each chunk. EACH span's first dS, or that of each row, goes to d_initial."""
     SLICES_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     _, slice_v, batch, segment, head, start, count = locate(cu, heads, segments, length, tokens, 1, SLICES_V)
     rows = tl.arange(0, CHUNK)
@@ -147,8 +139,7 @@ def reverse_kernel(
     k_offsets = rows[:, None] * (k_t * ALIGN) + ck[None, :]
     d_offsets = rows[:, None] * (d_t * ALIGN) + cv[None, :]
     dr_offsets = rows[:, None] * (heads * V) + cv[None, :]
-    if dr is not None:
-        dr_base = dr + ((batch * tokens + first) * heads + head) * V
+    dr_base = dr + ((batch * tokens + first) * heads + head) * V
     place = (first_slot(cu, batch, segment, start, tokens, CHUNK) + chunks - 1) * heads + head
     m_base = inverse + place * (CHUNK * CHUNK)
     m_offsets = rows[:, None] * CHUNK + rows[None, :]
@@ -172,8 +163,7 @@ def reverse_kernel(
         from_start = tl.exp2(whole + fraction)
         to_end = tl.exp2((total - whole) + (total_fraction - fraction))
         rounded = state.to(LP)
-        if d_states is not None:
-            put_state(d_states + (place - c * heads) * (K * V), ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
+        put_state(d_states + (place - c * heads) * (K * V), ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
         scores_t = tl.dot(kc, tl.trans(qc), input_precision=PRECISION)
         scores_t *= between(whole, fraction, rows, log2_scale, True, SPLIT)
         du = tl.dot(kc, rounded, input_precision=PRECISION) * to_end[:, None]
@@ -181,9 +171,8 @@ def reverse_kernel(
         if NORM:
             du *= inverse_norm[:, None]
         du -= tl.dot(tl.trans(mc), (beta[:, None] * du).to(LP), input_precision=PRECISION)
-        if dr is not None:
-            put_tile(dr_base, dr_offsets, rows, cv, left, du, V, BLOCK_V)
-            dr_base -= CHUNK * heads * V
+        put_tile(dr_base, dr_offsets, rows, cv, left, du, V, BLOCK_V)
+        dr_base -= CHUNK * heads * V
         state *= tl.exp2(total + total_fraction)
         read = (dc * tl.exp2(whole + fraction + log2_scale)[:, None]).to(LP)
         state = tl.dot(tl.trans(qc), read, state, input_precision=PRECISION)
