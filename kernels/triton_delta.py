@@ -97,7 +97,12 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DeltaCo
     """Returns configurations worth timing for these dims, the default first."""
     if dtype == torch.float32:
         return [DeltaConfig(chunk=32, forward_stages=1, reverse_stages=1)]
-    return [DeltaConfig(), DeltaConfig(forward_stages=3, reverse_stages=3), DeltaConfig(solve_registers=128)]
+    found = [DeltaConfig(), DeltaConfig(solve_registers=128), DeltaConfig(solve_registers=None)]
+    if padded(key_dim) == 64:
+        return [*found, DeltaConfig(forward_stages=3, reverse_stages=3), DeltaConfig(forward_stages=3)]
+    narrow = DeltaConfig(forward_value_block=32, reverse_value_block=32)
+    shallow = DeltaConfig(forward_stages=1, reverse_stages=1)
+    return [*found, narrow, shallow, *([DeltaConfig(gradient_value_block=64)] if padded(value_dim) > 64 else [])]
 
 
 def forward(

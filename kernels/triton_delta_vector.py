@@ -69,7 +69,13 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DeltaVe
     """Returns configurations worth timing for these dims, the default first."""
     if dtype != torch.bfloat16:
         return [DeltaVectorConfig(chunk=32, forward_stages=1, reverse_stages=1)]
-    return [DeltaVectorConfig(), DeltaVectorConfig(chunk=32), DeltaVectorConfig(forward_stages=1, reverse_stages=1)]
+    return [
+        DeltaVectorConfig(),
+        DeltaVectorConfig(chunk=32),
+        DeltaVectorConfig(gradient_warps=8),
+        DeltaVectorConfig(prepare_registers=168),
+        DeltaVectorConfig(forward_stages=1, reverse_stages=1),
+    ]
 
 
 class _Prepared(NamedTuple):
