@@ -10,15 +10,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.kernel_results import DECAY_GRADIENTS, OURS, VALUES, decay_error, worst
-from benchmarks.kernel_shapes import CLASSES, SHAPES
+from benchmarks.kernel_shapes import CLASSES, DELTA_CLASSES, DELTA_SHAPES, SHAPES
 
 Record = dict[str, Any]
-FLA = {"scalar": ("chunk_simple_gla", "fused_chunk_simple_gla"), "vector": ("chunk_gla",)}
-# At least this many times as fast as a rival, forward and backward, shape by shape as in SHAPES.
+FLA = {
+    "scalar": ("chunk_simple_gla", "fused_chunk_simple_gla"),
+    "vector": ("chunk_gla",),
+    "delta_none": ("chunk_delta_rule",),
+    "delta_scalar": ("chunk_gated_delta_rule",),
+    "delta_vector": ("chunk_kda", "chunk_dplr_delta_rule"),
+}
+# At least this many times as fast as a rival, forward and backward, shape by shape as in SHAPES or DELTA_SHAPES.
 FASTER = {
     ("scalar", "chunk_simple_gla"): (2.5, 2.3, 1.8, 1.8, 1.8, 1.8),
     ("scalar", "fused_chunk_simple_gla"): (1.3,),
     ("vector", "chunk_gla"): (4.0, 3.5, 3.5, 2.5, 2.5, 2.5),
+    ("delta_none", "chunk_delta_rule"): (),
+    ("delta_scalar", "chunk_gated_delta_rule"): (2.1, 1.6),
+    ("delta_vector", "chunk_kda"): (3.0, 2.0),
+    ("delta_vector", "chunk_dplr_delta_rule"): (3.0, 2.0),
 }
 WITHIN_FLOOR = {"scalar": 1.7, "vector": 2.2}  # times the floor at the first shape
 VALUE_ERROR, DECAY_ERROR, OVER_FLA = 6e-3, 1e-2, 1.25
@@ -34,16 +44,19 @@ def claims(document: Record) -> list[Record]:
 def _speed(document: Record, kind: str) -> Iterator[Record]:
     measured = {(r["class"], r["peer"], tuple(r["shape"])): r["ratio"] for r in document["ratios"]}
     for peer in FLA[kind]:
-        for shape, least in zip(SHAPES, FASTER[kind, peer], strict=False):
+        shapes = DELTA_SHAPES if kind in DELTA_CLASSES else SHAPES
+        for shape, least in zip(shapes, FASTER[kind, peer], strict=False):
             value = measured.get((kind, peer, tuple(shape.numbers)))
             yield _claim(f"{kind} {shape}: times as fast as {peer}", least, value, at_least=True)
+    if kind not in WITHIN_FLOOR:
+        return
     row = _rows(document, kind, OURS).get(tuple(SHAPES[0].numbers))
     times = None if row is None or row["fwd_bwd_ms"] is None else row["fwd_bwd_ms"] / row["fwd_bwd_floor_ms"]
     yield _claim(f"{kind} {SHAPES[0]}: times the roofline floor", WITHIN_FLOOR[kind], times)
 
 
 def _errors(document: Record, kind: str) -> Iterator[Record]:
-    for name in (OURS, f"{OURS}_fused"):
+    for name in _ours(kind):
         rows = _rows(document, kind, name)
         yield _claim(f"{kind}, {name}: error of o, dq, dk, dv", VALUE_ERROR, _largest(rows, lambda e: worst(e, VALUES)))
         yield _claim(f"{kind}, {name}: error of the decay's gradients", DECAY_ERROR, _largest(rows, decay_error))
@@ -66,9 +79,13 @@ def _resources(document: Record, kind: str) -> Iterator[Record]:
             if row.get("peak_mib") and ours.get(shape, {}).get("peak_mib")
         ]
         yield _claim(f"{kind}: peak memory over that of {peer}, at worst", 1.0, max(over, default=None))
-    for name in (OURS, f"{OURS}_fused"):
+    for name in _ours(kind):
         first = {(f["class"], f["contestant"]): f["seconds"] for f in document["first_call"]}.get((kind, name))
         yield _claim(f"{kind}, {name}: seconds of the first call of a model's kernels, cold", FIRST_CALL_S, first)
+
+
+def _ours(kind: str) -> tuple[str, ...]:
+    return (OURS,) if kind in DELTA_CLASSES else (OURS, f"{OURS}_fused")
 
 
 def _rows(document: Record, kind: str, name: str) -> dict[tuple[int, ...], Record]:

@@ -19,8 +19,8 @@ from benchmarks.kernel_shapes import CLASSES, SOFTMAX, Roofline, Shape, floor_ms
 SCHEMA = 1
 OURS = "ours"
 Record = dict[str, Any]
-# Where one decay has several inputs, its worst gradient counts as that of log λ.
-DECAY_GRADIENTS = ("dg", "df", "dgain", "doffset")
+# Where one decay has several inputs, its worst gradient counts as that of log λ; β's counts among them.
+DECAY_GRADIENTS = ("dg", "df", "dgain", "doffset", "dbeta")
 VALUES = ("o", "dq", "dk", "dv")
 # A right kernel in 16 bits is below 1e-2, a wrong one near 1.
 WRONG = 5e-2

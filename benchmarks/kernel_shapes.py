@@ -15,7 +15,10 @@ from dataclasses import dataclass
 BANDWIDTH_TB_S = {"H100": 3.0, "H200": 4.3}  # other GPUs: what a copy reaches in the same run
 TENSOR_TFLOP_S = {"H100": 790.0, "H200": 790.0}
 SCALAR_DECAY_BYTES = 4  # log λ per head and token is fp32 for everyone
-CLASSES = ("scalar", "vector")
+BETA_BYTES = 4  # so is β
+DECAY_CLASSES = ("scalar", "vector")
+DELTA_CLASSES = ("delta_none", "delta_scalar", "delta_vector")
+CLASSES = DECAY_CLASSES + DELTA_CLASSES
 SOFTMAX = "softmax"
 
 
@@ -73,6 +76,8 @@ SHAPES = (
     Shape.of((8, 8192, 16, 128)),
     Shape.of((1, 65536, 16, 64)),
 )
+# The paper's rows of the delta rule have heads of 128, 6, 8 and 16 of them.
+DELTA_SHAPES = tuple(Shape.of((32, 2048, *heads)) for heads in ((16, 64), (8, 128), (6, 128), (16, 128)))
 ERROR_TOKENS, ERROR_HEADS = 256, 16
 
 
@@ -107,8 +112,10 @@ class Roofline:
 
 
 def compulsory_bytes(shape: Shape, kind: str, element_bytes: int = 2) -> tuple[int, int]:
-    """Bytes that must move in the forward and in the backward pass. kind: scalar, vector or softmax."""
-    decay = {"scalar": SCALAR_DECAY_BYTES, "vector": shape.key_dim * element_bytes, SOFTMAX: 0}[kind]
+    """Bytes that must move in the forward and in the backward pass. kind: one of CLASSES, or softmax."""
+    per_head = 0 if kind in ("delta_none", SOFTMAX) else SCALAR_DECAY_BYTES
+    decay = shape.key_dim * element_bytes if kind in ("vector", "delta_vector") else per_head
+    decay += BETA_BYTES if kind in DELTA_CLASSES else 0
     inputs = (2 * shape.key_dim + shape.value_dim) * element_bytes + decay
     output = shape.value_dim * element_bytes
     heads = shape.batch * shape.tokens * shape.heads

@@ -23,11 +23,16 @@ def render(document: Record) -> str:
     for kind in CLASSES:
         shapes = {tuple(row["shape"]): None for row in document["rows"] if row["class"] == kind}
         for shape in shapes:
-            parts.append(f"### {kind.capitalize()} decay, (B, T, H, D) = {_shape(shape)}\n\n{_table(document, kind, shape)}")
+            parts.append(f"### {_title(kind)}, (B, T, H, D) = {_shape(shape)}\n\n{_table(document, kind, shape)}")
     parts.append(f"### Claims\n\n{_claims(document)}")
     if document["notes"]:
         parts.append("### Remarks of the run\n\n" + "\n".join(f"- {_cell(note)}" for note in document["notes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _title(kind: str) -> str:
+    rule, _, decay = kind.rpartition("_")
+    return f"{decay.capitalize()} decay" if not rule else f"Delta rule, {'no' if decay == 'none' else decay} decay"
 
 
 def _about(document: Record) -> str:

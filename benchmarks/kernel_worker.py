@@ -28,7 +28,7 @@ import torch
 from benchmarks import kernel_host
 from benchmarks.kernel_contestants import CONTESTANTS, Contestant, Inputs, NotHere, Problem, inputs
 from benchmarks.kernel_results import OURS
-from benchmarks.kernel_shapes import Shape, error_shape, short_shape
+from benchmarks.kernel_shapes import DELTA_CLASSES, Shape, error_shape, short_shape
 from benchmarks.kernel_tuning import FEW, Tuning, is_fault
 
 MIB = 2**20
@@ -60,7 +60,8 @@ class Worker:
 
     def inputs(self, shape: Shape) -> Inputs:
         """For this task's class, dtype and decay."""
-        return inputs(shape, self.kind == "vector", DTYPES[self.spec["dtype"]], self.device, self.spec["decay"])
+        vector = self.kind in ("vector", "delta_vector")
+        return inputs(shape, vector, DTYPES[self.spec["dtype"]], self.device, self.spec["decay"], kind=self.kind)
 
     def wait(self) -> None:
         """Until the device has finished; errors of earlier launches come up here."""
@@ -102,7 +103,8 @@ def first(worker: Worker) -> None:
     worker.emit("first_call", seconds=round(sum(parts.values()), 2), parts=parts, kernels=len(kernels))
     if worker.contestant.name == OURS:
         given = worker.inputs(error_shape(shape))
-        worker.remark(f"{worker.kind}: {seam.explain_decay_scan(given.q, given.v, given.log_decay)}")
+        explain = seam.explain_delta_scan if worker.kind in DELTA_CLASSES else seam.explain_decay_scan
+        worker.remark(f"{worker.kind}: {explain(given.q, given.v, None if worker.kind == 'delta_none' else given.log_decay)}")
     if note:
         worker.remark(note)
 

@@ -30,7 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.kernel_contestants import CONTESTANTS, DECAYS
 from benchmarks.kernel_results import OURS, failures
 from benchmarks.kernel_run import FAULTED, Run, Settings, Spec, Worker, in_turn, side_by_side
-from benchmarks.kernel_shapes import CLASSES, SHAPES, SOFTMAX, Shape, WrongArgument, error_shape
+from benchmarks.kernel_shapes import (
+    CLASSES,
+    DECAY_CLASSES,
+    DELTA_CLASSES,
+    DELTA_SHAPES,
+    SHAPES,
+    SOFTMAX,
+    Shape,
+    WrongArgument,
+    error_shape,
+)
 from benchmarks.kernel_table import render
 from benchmarks.kernel_tuning import FEW
 
@@ -197,7 +207,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """The command line; raises WrongArgument."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", help="B,T,H,D or B,T,H,K,V, several separated by blanks or semicolons")
-    parser.add_argument("--classes", default=",".join(CLASSES))
+    parser.add_argument("--classes", default=",".join(DECAY_CLASSES), help="of " + ", ".join(CLASSES))
     parser.add_argument("--peers", help="rivals, by name; `all` adds those that are left out by default")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
     parser.add_argument("--decay", default="mild", choices=tuple(DECAYS))
@@ -214,8 +224,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def settings(given: argparse.Namespace) -> Settings:
     """Raises WrongArgument."""
-    shapes = SHAPES if given.shapes is None else tuple(Shape.parse(text) for text in given.shapes.replace(";", " ").split())
     classes = _known("--classes", given.classes, CLASSES)
+    shapes = DELTA_SHAPES if set(classes) <= set(DELTA_CLASSES) else SHAPES
+    if given.shapes is not None:
+        shapes = tuple(Shape.parse(text) for text in given.shapes.replace(";", " ").split())
     rivals = tuple(name for name, c in CONTESTANTS.items() if not c.ours)
     default = ",".join(name for name in rivals if not CONTESTANTS[name].optional)
     asked = default if given.peers is None else ",".join(rivals) if given.peers == "all" else given.peers

@@ -1,8 +1,8 @@
-"""What one configuration of the Triton decay scans is worth: whether it is right, then how long it takes.
+"""What one configuration of the Triton scans is worth: whether it is right, then how long it takes.
 
 What is unusual: a configuration can crash, and an illegal memory access ends a process's use of its GPU. So this is a process
 that is asked job by job and may die of one; who asks (tune_kernels.py) starts another.
-Source: the limits are those of tests/kernels/test_triton_gpu.py.
+Source: the limits are those of tests/kernels/test_triton_gpu.py and test_triton_gpu_delta.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
 
-LIMITS = {"dx": 1e-2, "dgain": 1e-2, "doffset": 1e-2}  # relative norms for bf16 inputs; all others:
+LIMITS = {"dx": 1e-2, "dgain": 1e-2, "doffset": 1e-2, "dbeta": 1e-2}  # relative norms for bf16 inputs; all others:
 LIMIT = 6e-3
 CHECKED = (2, 333, 16)  # B, T, H: several chunks and a last one that is cut; kernels are compiled as for the timed shape
 FORMULAS = ("mild", "wild", "softplus")
@@ -82,12 +82,14 @@ def checked(job: Job) -> Finding:
     for formula in FORMULAS:
         tensors, do = inputs(job, formula)
         with torch.no_grad():
-            _scan(tensors, formula)  # another kernel, which saves nothing: compiled here, not while others wait for the GPU
-        found, again = (outcome(tensors, do, formula) for _ in range(2))
+            # Another kernel, which saves nothing: compiled here, not while others wait for the GPU.
+            _scan(tensors, formula, job.granularity)
+        found, again = (outcome(tensors, do, formula, job.granularity) for _ in range(2))
         if not all(torch.equal(a, b) for a, b in zip(found.values(), again.values(), strict=True)):
             return Finding(problem=f"{formula}: two runs differ")
+        x = tensors[_names(job.granularity).index("dx")]
         for name, wanted in expected(job.granularity, job.key_dim, job.value_dim, formula).items():
-            share = _error(found[name], wanted, tensors[3], formula, name) / LIMITS.get(name, LIMIT)
+            share = _error(found[name], wanted, x, formula, name) / LIMITS.get(name, LIMIT)
             worst = max(worst, share)
             if not share <= 1:
                 return Finding(problem=f"{formula}: {name} is off by {share:.3g} times its limit", error=share)
@@ -97,30 +99,40 @@ def checked(job: Job) -> Finding:
 def timed(job: Job) -> Finding:
     """Median milliseconds of the forward pass and of both, with a cold L2 cache, and the peak memory."""
     tensors, do = inputs(job, "mild")
-    first, again = (outcome(tensors, do, "mild") for _ in range(2))
+    first, again = (outcome(tensors, do, "mild", job.granularity) for _ in range(2))
     if not all(torch.equal(a, b) for a, b in zip(first.values(), again.values(), strict=True)):
         return Finding(problem="two runs of the timed shape differ")
     del first, again
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    outcome(tensors, do, "mild")
+    outcome(tensors, do, "mild", job.granularity)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    both = _median(lambda: outcome(tensors, do, "mild"))
+    both = _median(lambda: outcome(tensors, do, "mild", job.granularity))
     with torch.no_grad():
-        forward = _median(lambda: _scan(tensors, "mild"))
+        forward = _median(lambda: _scan(tensors, "mild", job.granularity))
     return Finding(milliseconds=both, forward_ms=forward, peak_mib=peak)
 
 
 def inputs(job: Job, formula: str) -> tuple[list[Tensor], Tensor]:
-    """([q, k, v, x, gain, offset], do): the same for every configuration."""
+    """([q, k, v, x, gain, offset], do), in the delta rule with β after v: the same for every configuration."""
+    tensors, do = _decay_inputs(job, formula)
+    if _delta(job.granularity):
+        generator = torch.Generator(_device()).manual_seed(1)
+        tensors[1] = torch.nn.functional.normalize(tensors[1].float(), dim=-1).bfloat16()
+        tensors.insert(3, 2 * torch.randn(job.shape, generator=generator, device=_device()).sigmoid())
+    return tensors, do
+
+
+def _decay_inputs(job: Job, formula: str) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator(_device()).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=_device())
 
     q, k, v, do = (normal(*job.shape, n).bfloat16() for n in (job.key_dim, job.key_dim, job.value_dim, job.value_dim))
-    width = (job.key_dim,) if job.granularity == "vector" else ()
+    vector = job.granularity.endswith("vector")
+    width = (job.key_dim,) if vector else ()
     x = normal(*job.shape, *width)
     if formula == "softplus":  # rates up to 16, as Mamba2 starts
         gain, offset = normal(job.shape[2], *width).abs() * 6, normal(job.shape[2], *width) - 3
@@ -129,35 +141,50 @@ def inputs(job: Job, formula: str) -> tuple[list[Tensor], Tensor]:
     if formula == "wild":
         x = torch.where(normal(*x.shape) < -1.3, -torch.inf, 60 * x)
     # As activations are; one number per head is little and stays wide.
-    return [q, k, v, x.bfloat16() if job.granularity == "vector" else x], do
+    return [q, k, v, x.bfloat16() if vector else x], do
 
 
-def outcome(tensors: list[Tensor], do: Tensor, formula: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def outcome(
+    tensors: list[Tensor], do: Tensor, formula: str, granularity: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """o and every gradient by the Triton scan, or, in float64, by plain torch."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
-    o = _scan(leaves, formula)
-    names = ("dq", "dk", "dv", "dx", "dgain", "doffset")
-    return {"o": o.detach(), **dict(zip(names, torch.autograd.grad(o, leaves, do.to(o.dtype)), strict=False))}
+    o = _scan(leaves, formula, granularity)
+    return {"o": o.detach(), **dict(zip(_names(granularity), torch.autograd.grad(o, leaves, do.to(o.dtype)), strict=False))}
 
 
-def _scan(tensors: list[Tensor], formula: str) -> Tensor:
+def _delta(granularity: str) -> bool:
+    return granularity.startswith("delta")
+
+
+def _names(granularity: str) -> tuple[str, ...]:
+    return ("dq", "dk", "dv", *(("dbeta",) if _delta(granularity) else ()), "dx", "dgain", "doffset")
+
+
+def _scan(tensors: list[Tensor], formula: str, granularity: str) -> Tensor:
     from kernels.decay_scan_chunked import decay_scan_chunked
     from kernels.decay_scan_triton import decay_scan_triton
     from kernels.decay_source import DecaySource
+    from kernels.delta_scan_chunked import delta_scan_chunked
+    from kernels.delta_scan_triton import delta_scan_triton
 
-    q, k, v, x, *parameters = tensors
+    q, k, v, *others = tensors
+    beta = others.pop(0) if _delta(granularity) else None
+    x, *parameters = others
     source = DecaySource(x=x)
     if formula == "softplus":
         source = DecaySource(x=x, kind="softplus", gain=parameters[0], offset=parameters[1])
-    scan = decay_scan_chunked if q.dtype == torch.float64 else decay_scan_triton
-    return scan(q, k, v, source)[0]
+    plain = q.dtype == torch.float64
+    if beta is not None:  # written as the paper's runs do
+        return (delta_scan_chunked if plain else delta_scan_triton)(q, k, v, beta, source, granularity == "delta_scalar")[0]
+    return (decay_scan_chunked if plain else decay_scan_triton)(q, k, v, source)[0]
 
 
 @cache
 def expected(granularity: str, key_dim: int, value_dim: int, formula: str) -> dict[str, Tensor]:
     """The definition's outcome in float64: once for all configurations of a class and its dims."""
     job = Job(granularity=granularity, key_dim=key_dim, value_dim=value_dim, config={})
-    return outcome(*inputs(job, formula), formula, torch.float64)
+    return outcome(*inputs(job, formula), formula, granularity, torch.float64)
 
 
 def _error(found: Tensor, wanted: Tensor, x: Tensor, formula: str, name: str) -> float:

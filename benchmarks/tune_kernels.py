@@ -31,7 +31,7 @@ from try_config import REPEATS, Finding, Job, serve
 
 from decay_core import kernel_seam
 
-CLASSES = ("scalar", "vector")
+CLASSES = ("scalar", "vector", "delta_scalar", "delta_vector")
 SHAPES = "64x64,128x64,128x128,32x32,64x128,256x64,256x128,256x256"  # in order of importance: K x V
 TOKENS, HEADS = 2048, 16
 BATCH_WIDTH = 32 * 128  # batch times (K + V): as much memory for every shape
@@ -94,7 +94,7 @@ class Tried:
 
 def candidates(granularity: str, dims: tuple[int, int], only: str) -> list[tuple[str, Job]]:
     """(label, job) of what the launcher proposes; the label says where it differs from the default."""
-    launcher = importlib.import_module(f"kernels.triton_{granularity}")
+    launcher = importlib.import_module(f"kernels.triton_{granularity.removesuffix('_scalar')}")
     default = asdict(launcher.default_config(*dims, torch.bfloat16))
     proposed = [asdict(config) for config in launcher.candidates(*dims, torch.bfloat16)]
     configs = [default, *(config for config in proposed if config != default)]
@@ -189,7 +189,7 @@ def main() -> None:
     from kernels.tuned import TABLE, write_rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=_classes, default=",".join(CLASSES), help="such as scalar,vector")
+    parser.add_argument("--classes", type=_classes, default="scalar,vector", help=f"of {', '.join(CLASSES)}")
     parser.add_argument("--shapes", type=_shapes, default=SHAPES, help="K x V of each, such as 64x64,128x64")
     parser.add_argument("--only", default="", help="candidates whose label holds this text; `default` is the default's")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates, run and write nothing")

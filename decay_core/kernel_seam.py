@@ -121,25 +121,37 @@ def delta_scan(
     k_bthk: Tensor,
     v_bthv: Tensor,
     beta_bth: Tensor,
-    log_decay: Tensor | None = None,
+    decay: Tensor | DecaySource | None = None,
     beta_on_write: bool = True,
-    initial_state_bhkv: Tensor | None = None,
+    initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
+    normalize_key: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence S_t = (I − β_t k_t k_tᵀ) diag(λ_t) S_{t-1} + w_t k_t v_tᵀ, o_t = S_tᵀ q_t by the fastest
+    """The recurrence S_t = (I − β_t k_t k_tᵀ) diag(λ_t) S_{t-1} + w_t k_t v_tᵀ, o_t = scale · S_tᵀ q_t by the fastest
     implementation there is for these tensors; w = β or, without beta_on_write, 1.
 
-    log_decay: natural log, (B, T, H) or (B, T, H, K), None for λ = 1. k is taken as it is. Returns (o (B, T, H, V),
-    state (B, H, K, V) or None) in fp32 or wider, also under autocast. Source: kernels/delta_scan_naive.py is the
-    definition.
+    decay: natural log of λ, (B, T, H) or (B, T, H, K), the DecaySource that makes it, or None for λ = 1. normalize_key: k is
+    made k / √(Σ k² + 1e-5) first. The rest, and what is returned, is as in decay_scan. Source: kernels/delta_scan_naive.py is
+    the definition.
     """
     with torch.autocast(q_bthk.device.type, enabled=False):
-        scan = _SELECTOR.delta_scan_for(q_bthk, v_bthv, log_decay)
-        tensors = (q_bthk, k_bthk, v_bthv, beta_bth, log_decay)
-        o_bthv, state = scan(*tensors, beta_on_write, initial_state_bhkv, output_final_state)
+        scan = _SELECTOR.delta_scan_for(q_bthk, v_bthv, decay)
+        options = (initial_state, output_final_state, scale, cu_seqlens, exact, normalize_key)
+        o_bthv, state = scan(q_bthk, k_bthk, v_bthv, beta_bth, decay, beta_on_write, *options)
     return o_bthv, state
 
 
-def explain_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None = None) -> str:
+def explain_delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None = None) -> str:
     """One line: which implementation `delta_scan` would take for these tensors, and why."""
-    return str(_SELECTOR.select_delta_scan(q_bthk, v_bthv, log_decay))
+    return str(_SELECTOR.select_delta_scan(q_bthk, v_bthv, decay))
+
+
+def explain_delta_configuration(
+    q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None = None
+) -> tuple[str, str] | None:
+    """As explain_configuration, of `delta_scan`."""
+    found: tuple[str, str] | None = _SELECTOR.delta_configuration(q_bthk, v_bthv, decay)
+    return found

@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decay_scan_chunked import decay_between, halves, joined, scores, to_chunks
+from kernels.decay_source import DecaySource
+from kernels.delta_scan_naive import by_sequence, no_outputs, widened
+from kernels.scan_arguments import check_delta_scan
 
 # Forward and backward on one busy CPU core, chunks of 16/32/64/128. (B, T, H, D) = (16, 128, 1, 128): scalar 36/31/34/35,
 # vector 56/54/56/61 ms; (16, 128, 4, 32): scalar 30/31/37/54, vector 51/52/58/70 ms. On a GPU the sequence of chunks is
@@ -34,27 +37,32 @@ def delta_scan_chunked(
     k_bthk: Tensor,
     v_bthv: Tensor,
     beta_bth: Tensor,
-    log_decay: Tensor | None = None,
+    decay: Tensor | DecaySource | None = None,
     beta_on_write: bool = True,
     initial_state_bhkv: Tensor | None = None,
     output_final_state: bool = False,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
+    normalize_key: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (o (B, T, H, V), final state (B, H, K, V) or None), both fp32, or float64 when q, β or the decay is.
 
-    beta_bth: from 0 to 2. log_decay: natural log of λ, (B, T, H) for one λ per head or (B, T, H, K) for one per key
-    channel; -inf is λ = 0, None is λ = 1. Any B >= 0 and T >= 0, K != V allowed. Differentiable in every tensor.
+    The arguments are those of delta_scan_naive; `exact` asks for what holds here anyway. Packed sequences are done one after
+    another, and cu_seqlens is read on the host. Differentiable in every tensor.
     """
-    batch, length, heads, key_dim = q_bthk.shape
-    if log_decay is None:
-        log_decay = beta_bth.new_zeros(1, length, 1)
-    dtype = torch.promote_types(torch.promote_types(q_bthk.dtype, beta_bth.dtype), log_decay.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    q, k, v, beta, log_decay = (x.to(dtype) for x in (q_bthk, k_bthk, v_bthv, beta_bth[..., None], log_decay))
-    state = q.new_zeros(batch, heads, key_dim, v.shape[-1])
-    if initial_state_bhkv is not None:
-        state = initial_state_bhkv.to(dtype)
+    check_delta_scan(q_bthk, k_bthk, v_bthv, beta_bth, decay, initial_state_bhkv, scale, cu_seqlens)
+    tensors, state = widened(q_bthk, k_bthk, v_bthv, beta_bth, decay, initial_state_bhkv, scale, cu_seqlens, normalize_key)
+    o_bthv, state = by_sequence(_scan, tensors, state, cu_seqlens, beta_on_write)
+    return o_bthv, state if output_final_state else None
+
+
+def _scan(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, beta_on_write: bool
+) -> tuple[Tensor, Tensor]:
+    length, key_dim = q.shape[1], q.shape[3]
     if length == 0:
-        return torch.zeros_like(v), state if output_final_state else None
+        return no_outputs(q, k, v, beta, log_decay), state
     size = min(CHUNK, 1 << (length - 1).bit_length())  # one token is not padded to a whole chunk
     write = beta * v if beta_on_write else v
     # Padding tokens have k = 0 and λ = 1: they change neither outputs nor state.
@@ -64,8 +72,7 @@ def delta_scan_chunked(
     solved = torch.linalg.solve_triangular(erase_scores, torch.cat([write, erase], dim=-1), upper=False, unitriangular=True)
     u, erase = solved.split([v.shape[-1], key_dim], dim=-1)
     u, states, state = _carry(u, erase, k, total, state)
-    o_bthv = (q @ states + read_scores @ u).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
-    return o_bthv, state if output_final_state else None
+    return (q @ states + read_scores @ u).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length], state
 
 
 def _scalar_pairs(q: Tensor, erase: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:

@@ -1,14 +1,15 @@
-"""What every decay scan accepts: a call that does not fit is refused in one line, before anything is computed.
+"""What every scan accepts: a call that does not fit is refused in one line, before anything is computed.
 
 What is unusual: shapes, dtypes and devices are looked at always, values never, since that would make the host wait for the
 device; with DECAY_DEBUG=1 in the environment values are looked at too.
-Source: the signature in decay_scan_naive.py.
+Source: the signatures in decay_scan_naive.py and delta_scan_naive.py.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -38,11 +39,45 @@ def check_decay_scan(
     if isinstance(decay, DecaySource):
         _check_source(decay)
         named |= {"decay.gain": decay.gain, "decay.offset": decay.offset}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
     _check_shapes(q, k, v, x)
+    _check_all(named, decay, ("decay",), scale, cu_seqlens)
+
+
+def check_delta_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | DecaySource | None,
+    initial_state: Tensor | None = None,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """The same for the delta scans, whose β has one number per head and token, and whose decay may be None."""
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    named = {"q": q, "k": k, "v": v, "beta": beta, "decay": x, "initial_state": initial_state}
+    if isinstance(decay, DecaySource):
+        _check_source(decay)
+        named |= {"decay.gain": decay.gain, "decay.offset": decay.offset}
+    _check_shapes(q, k, v, q[..., 0] if x is None else x)
+    if beta.shape != q.shape[:3]:
+        _refuse("beta", beta, f"is not {tuple(q.shape[:3])}", "give one number per head and token; .expand() a constant")
+    _check_all(named, decay, ("beta", "decay"), scale, cu_seqlens)
+
+
+def _check_all(
+    named: Mapping[str, Tensor | None],
+    decay: Tensor | DecaySource | None,
+    widening: tuple[str, ...],
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """What does not depend on the recurrence. widening: what the arithmetic is as wide as, beside q."""
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    q = given["q"]
     _check_packing(q, cu_seqlens)
-    _check_state(q, v, initial_state, cu_seqlens)
-    _check_dtypes(given)
+    _check_state(q, given["v"], named["initial_state"], cu_seqlens)
+    _check_dtypes(given, widening)
     others = given if cu_seqlens is None else {**given, "cu_seqlens": cu_seqlens}
     for name, tensor in others.items():
         if tensor.device != q.device:
@@ -53,13 +88,13 @@ def check_decay_scan(
         check_values(given, decay, cu_seqlens)
 
 
-def check_values(given: dict[str, Tensor], decay: Tensor | DecaySource, cu_seqlens: Tensor | None) -> None:
+def check_values(given: dict[str, Tensor], decay: Tensor | DecaySource | None, cu_seqlens: Tensor | None) -> None:
     """Raises ValueError for NaN, a λ too far above 1 and boundaries out of order. Waits for the device."""
     for name, tensor in given.items():
         if tensor.isnan().any():
             _refuse(name, tensor, "holds NaN", "look at what made it")
     log_decay = decay.log_decay() if isinstance(decay, DecaySource) else decay
-    if log_decay.numel() and (largest := float(log_decay.detach().max())) > LARGEST_LOG_DECAY:
+    if log_decay is not None and log_decay.numel() and (largest := float(log_decay.detach().max())) > LARGEST_LOG_DECAY:
         what = f"gives a log λ of {largest:.3g}, above {LARGEST_LOG_DECAY:.3g}, so the state would overflow"
         _refuse("decay", given["decay"], what, "give the logarithm of a number between 0 and 1")
     if cu_seqlens is not None:
@@ -116,12 +151,13 @@ def _check_state(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor 
         _refuse("initial_state", state, f"is not {wanted}", "give one (H, K, V) per sequence")
 
 
-def _check_dtypes(given: dict[str, Tensor]) -> None:
+def _check_dtypes(given: dict[str, Tensor], widening: tuple[str, ...]) -> None:
     for name, tensor in given.items():
         if tensor.dtype not in WIDTHS:
             _refuse(name, tensor, f"is {tensor.dtype}", "cast it to bfloat16, float16, float32 or float64")
-    q = given["q"]
-    wide = torch.promote_types(torch.promote_types(q.dtype, given["decay"].dtype), torch.float32)
+    q, wide = given["q"], torch.promote_types(given["q"].dtype, torch.float32)
+    for name in widening:
+        wide = torch.promote_types(wide, given[name].dtype) if name in given else wide
     for name in ("k", "v", "initial_state"):
         tensor = given.get(name)
         if tensor is None:

@@ -2,9 +2,8 @@
 
 On a Hopper GPU, where our Triton kernels were compared with their definitions, 16-bit tensors get them; other GPUs get plain
 torch unless asked, since nobody has looked there. fp32 tensors get plain torch too: the kernels serve them (three tf32 products
-for one of fp32) where DECAY_KERNEL=triton asks for it. The delta scan has no kernel yet. The environment variable DECAY_KERNEL
-(`naive` or `chunked`, and for the decay scan `triton`) overrides the choice for all, for finding out whether a kernel is at
-fault.
+for one of fp32) where DECAY_KERNEL=triton asks for it, and so do those of the delta rule. The environment variable DECAY_KERNEL
+(`naive`, `chunked` or `triton`) overrides the choice for all, for finding out whether a kernel is at fault.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ OVERRIDE = "DECAY_KERNEL"
 _KINDS = {0: "no", 3: "scalar", 4: "vector"}  # by the dimensions of log λ
 HALF = (torch.float16, torch.bfloat16)
 Scan = Callable[..., Any]
+Found = tuple[Scan | None, str | None, str | None]
 _DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
 _DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
 _said: set[str] = set()
@@ -54,29 +54,39 @@ class Choice:
 
 def select_decay_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> Choice:
     """Returns the decay scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
-    name, scan, refusal = _decay_scan(q_bthk, v_bthv)
-    x = decay.x if isinstance(decay, DecaySource) else decay
-    what = _described(q_bthk, v_bthv, x)
+    found = _decay_scan(q_bthk, v_bthv)
+    what = _described(q_bthk, v_bthv, decay.x if isinstance(decay, DecaySource) else decay)
+    return Choice(recurrence="decay scan", name=found[0], scan=found[1], reason=_reason(found, what, DECAY_CHUNK))
+
+
+def _reason(found: tuple[str, Scan, str | None], what: str, chunk: int) -> str:
+    name, _, refusal = found
     if name == os.environ.get(OVERRIDE):
-        reason = f"{OVERRIDE} asks for it"
-    elif name == "triton":
-        reason = f"our Triton kernels serve {what}"
-    else:
-        reason = f"plain torch in chunks of {DECAY_CHUNK} serves {what}" + (f"; {refusal}" if refusal else "")
-    return Choice(recurrence="decay scan", name=name, scan=scan, reason=reason)
+        return f"{OVERRIDE} asks for it"
+    if name == "triton":
+        return f"our Triton kernels serve {what}"
+    return f"plain torch in chunks of {chunk} serves {what}" + (f"; {refusal}" if refusal else "")
 
 
 def decay_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource) -> Scan:
     """The scan that `select_decay_scan` chooses; where the kernels are not chosen for a shape they lack, a warning says so
     once."""
-    name, scan, refusal = _decay_scan(q_bthk, v_bthv)
+    return _taking("decay scan", _decay_scan(q_bthk, v_bthv), q_bthk, v_bthv, decay)
+
+
+def _taking(
+    recurrence: str, found: tuple[str, Scan, str | None], q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None
+) -> Scan:
+    """The scan that was found, noted; why it is not the Triton scan is said once."""
+    name, scan, refusal = found
     if torch.compiler.is_compiling():
         return scan
     if refusal and _wanted(q_bthk) and refusal not in _said:
         _said.add(refusal)
         log.warning("%s; the scan in plain torch runs instead", refusal)
     x = decay.x if isinstance(decay, DecaySource) else decay
-    _taken[("decay scan", name, x.dim(), q_bthk.shape[-1], v_bthv.shape[-1], q_bthk.dtype, q_bthk.device.type)] = None
+    dims = 0 if x is None else x.dim()
+    _taken[(recurrence, name, dims, q_bthk.shape[-1], v_bthv.shape[-1], q_bthk.dtype, q_bthk.device.type)] = None
     return scan
 
 
@@ -127,21 +137,35 @@ def _fields(config: Any) -> str:
 
 def _decay_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
     """(name, scan, why it is not the Triton scan where that can be said)."""
+    return _chosen("decay scan", _DECAY_SCANS, q_bthk, lambda: _triton_scan(q_bthk, v_bthv))
+
+
+def _delta_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
+    """The same of the delta scan, whose kernels wait to be asked for: not all of them have been measured on a GPU yet."""
+    if os.environ.get(OVERRIDE) is None:
+        refusal = f"the delta rule's Triton kernels run where {OVERRIDE}=triton asks for them" if _wanted(q_bthk) else None
+        return "chunked", delta_scan_chunked, refusal
+    return _chosen("delta scan", _DELTA_SCANS, q_bthk, lambda: _triton_delta_scan(q_bthk, v_bthv))
+
+
+def _chosen(
+    recurrence: str, plain: dict[str, Scan], q_bthk: Tensor, triton: Callable[[], Found]
+) -> tuple[str, Scan, str | None]:
     wanted = os.environ.get(OVERRIDE)
-    if wanted in _DECAY_SCANS:
-        return wanted, _DECAY_SCANS[wanted], None
+    if wanted in plain:
+        return wanted, plain[wanted], None
     if wanted not in (None, "triton"):
-        raise ValueError(f"{OVERRIDE}={wanted}: unknown decay scan; set it to one of naive, chunked, triton or unset it")
+        raise ValueError(f"{OVERRIDE}={wanted}: unknown {recurrence}; set it to one of naive, chunked, triton or unset it")
     refusal = None
     if _wanted(q_bthk):
-        scan, refusal, absence = _triton_scan(q_bthk, v_bthv)
+        scan, refusal, absence = triton()
         if scan is not None:
             return "triton", scan, None
         if absence and wanted is not None:
             raise ValueError(f"{OVERRIDE}={wanted}: {absence}; unset it")
     elif q_bthk.dtype == torch.float32 and on_hopper(q_bthk):
         refusal = f"the Triton kernels take fp32 where {OVERRIDE}=triton asks for them"
-    return "chunked", decay_scan_chunked, refusal
+    return "chunked", plain["chunked"], refusal
 
 
 def _wanted(q_bthk: Tensor) -> bool:
@@ -154,20 +178,29 @@ def toolchain() -> str:
     return choose_ptxas()
 
 
-def delta_scan_for(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Scan:
-    """The scan that `select_delta_scan` chooses."""
-    choice = select_delta_scan(q_bthk, v_bthv, log_decay)
-    dims = 0 if log_decay is None else log_decay.dim()
-    if not torch.compiler.is_compiling():
-        widths = q_bthk.shape[-1], v_bthv.shape[-1]
-        _taken[("delta scan", choice.name, dims, *widths, q_bthk.dtype, q_bthk.device.type)] = None
-    return choice.scan
-
-
-def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> Choice:
+def select_delta_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Choice:
     """Returns the delta scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
-    what = _described(q_bthk, v_bthv, log_decay)
-    return _choose("delta scan", _DELTA_SCANS, f"plain torch in chunks of {DELTA_CHUNK} serves {what}")
+    found = _delta_scan(q_bthk, v_bthv)
+    what = _described(q_bthk, v_bthv, decay.x if isinstance(decay, DecaySource) else decay)
+    return Choice(recurrence="delta scan", name=found[0], scan=found[1], reason=_reason(found, what, DELTA_CHUNK))
+
+
+def delta_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Scan:
+    """The scan that `select_delta_scan` chooses, with a warning as in `decay_scan_for`."""
+    return _taking("delta scan", _delta_scan(q_bthk, v_bthv), q_bthk, v_bthv, decay)
+
+
+def delta_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> tuple[str, str] | None:
+    """As `scan_configuration`, of the delta scan."""
+    if _delta_scan(q_bthk, v_bthv)[0] != "triton":
+        return None
+    from kernels.decay_scan_triton import architecture_of, policy
+    from kernels.delta_scan_triton import chosen_config, granularity_of
+
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    sizes = (granularity_of(x), q_bthk.shape[-1], v_bthv.shape[-1], q_bthk.dtype)
+    config, origin = chosen_config(architecture_of(q_bthk.device), *sizes, policy())
+    return _fields(config), origin
 
 
 def select_gated_norm(o_btd: Tensor, gate_btd: Tensor) -> Choice:
@@ -183,16 +216,7 @@ def select_gated_norm(o_btd: Tensor, gate_btd: Tensor) -> Choice:
     return Choice(recurrence="gated norm", name="naive", scan=gated_norm_naive, reason=f"plain torch on {o_btd.device.type}")
 
 
-def _choose(recurrence: str, scans: dict[str, Scan], reason: str) -> Choice:
-    wanted = os.environ.get(OVERRIDE)
-    if wanted is None:
-        return Choice(recurrence=recurrence, name="chunked", scan=scans["chunked"], reason=reason)
-    if wanted not in scans:
-        raise ValueError(f"{OVERRIDE}={wanted}: unknown {recurrence}; set it to one of {', '.join(scans)} or unset it")
-    return Choice(recurrence=recurrence, name=wanted, scan=scans[wanted], reason=f"{OVERRIDE} asks for it")
-
-
-def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | None, str | None]:
+def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> Found:
     """(the Triton scan or None, why it cannot serve these tensors, why there is none at all)."""
     try:
         from kernels.decay_scan_triton import absence, decay_scan_triton, refusal
@@ -202,6 +226,19 @@ def _triton_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[Scan | None, str | Non
     missing = absence(q_bthk.device)
     reason = missing or refusal(q_bthk, v_bthv)
     return (decay_scan_triton if reason is None else None), reason, missing
+
+
+def _triton_delta_scan(q_bthk: Tensor, v_bthv: Tensor) -> Found:
+    """The same of the delta scan."""
+    try:
+        from kernels.decay_scan_triton import absence, refusal
+        from kernels.delta_scan_triton import delta_scan_triton
+    except ImportError:
+        missing = "Triton is not installed"
+        return None, missing, missing
+    missing = absence(q_bthk.device)
+    reason = missing or refusal(q_bthk, v_bthv)
+    return (delta_scan_triton if reason is None else None), reason, missing
 
 
 def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:

@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 TABLE = Path(__file__).with_name("tuned.json")
-Granularity = Literal["scalar", "vector"]
+Granularity = Literal["scalar", "vector", "delta_scalar", "delta_vector", "delta_general"]
 C = TypeVar("C")
 _on_trial: dict[tuple[str, str, int, int], Row] = {}
 _made: dict[Any, tuple[Row, Any]] = {}

@@ -219,6 +219,7 @@ def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: this machine's GPU if any")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32 or fp64; default bf16 and fp32")] = None,
     granularity: Annotated[str | None, typer.Option(help="scalar or vector; default both")] = None,
+    transition: Annotated[str, typer.Option(help="diagonal, or delta for the delta rule")] = "diagonal",
     heads: Annotated[int, typer.Option(help="heads")] = 16,
     head_dim: Annotated[int, typer.Option(help="width of a head's keys and values")] = 64,
     key_dim: Annotated[int | None, typer.Option(help="width of keys where it differs", show_default=False)] = None,
@@ -230,7 +231,7 @@ def doctor(
     from services.study.doctor import Question, answers, machine, title
 
     question = Question(
-        device=device, dtype=dtype, granularity=granularity, batch=batch, seq_len=seq_len, heads=heads,
+        device=device, dtype=dtype, granularity=granularity, transition=transition, batch=batch, seq_len=seq_len, heads=heads,
         key_dim=head_dim if key_dim is None else key_dim, value_dim=head_dim if value_dim is None else value_dim,
     )  # fmt: skip
     found = answers(question)

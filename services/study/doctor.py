@@ -14,11 +14,21 @@ from importlib import metadata
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from decay_core.kernel_seam import explain_configuration, explain_decay_scan, explain_toolchain
+from decay_core.kernel_seam import (
+    explain_configuration,
+    explain_decay_scan,
+    explain_delta_configuration,
+    explain_delta_scan,
+    explain_toolchain,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 SHOWN = ("bf16", "fp32")  # where no dtype is asked for
 GRANULARITIES = ("scalar", "vector")
+SCANS = {
+    "diagonal": ("decay scan", explain_decay_scan, explain_configuration),
+    "delta": ("delta scan", explain_delta_scan, explain_delta_configuration),
+}
 PREFIX = "DECAY_"
 
 
@@ -33,6 +43,7 @@ class Question:
     device: str | None = None
     dtype: str | None = None
     granularity: str | None = None
+    transition: str = "diagonal"
     batch: int = 32
     seq_len: int = 2048
     heads: int = 16
@@ -67,6 +78,7 @@ def answers(question: Question) -> list[Answer]:
     """A row for each granularity and dtype that is asked for. DoctorError for what this machine does not have or take."""
     device = _device(question.device)
     _check_sizes(question)
+    _asked("--transition", question.transition, (), tuple(SCANS))
     granularities = _asked("--granularity", question.granularity, GRANULARITIES, GRANULARITIES)
     dtypes = _asked("--dtype", question.dtype, SHOWN, tuple(DTYPES))
     try:
@@ -78,7 +90,8 @@ def answers(question: Question) -> list[Answer]:
 def title(question: Question) -> str:
     """The shape of the question in words."""
     shape = f"batch {question.batch}, {question.seq_len} tokens, {question.heads} heads"
-    return f"decay scan on {_device(question.device)}: {shape}, keys of {question.key_dim}, values of {question.value_dim}"
+    scan = SCANS[question.transition][0]
+    return f"{scan} on {_device(question.device)}: {shape}, keys of {question.key_dim}, values of {question.value_dim}"
 
 
 def _answer(question: Question, device: torch.device, dtype: str, granularity: str) -> Answer:
@@ -86,8 +99,9 @@ def _answer(question: Question, device: torch.device, dtype: str, granularity: s
         rows = (question.batch, question.seq_len, question.heads)
         q, v = (torch.empty(*rows, size, device=device, dtype=DTYPES[dtype]) for size in (question.key_dim, question.value_dim))
         decay = torch.empty(q.shape if granularity == "vector" else rows, device=device, dtype=torch.float32)
-        kernel, _, reason = explain_decay_scan(q, v, decay).removeprefix("decay scan: ").partition(" (")
-        configuration, origin = explain_configuration(q, v, decay) or ("", "")
+        name, explain, configured = SCANS[question.transition]
+        kernel, _, reason = explain(q, v, decay).removeprefix(f"{name}: ").partition(" (")
+        configuration, origin = configured(q, v, decay) or ("", "")
     answer = {"kernel": kernel, "reason": reason.removesuffix(")"), "configuration": configuration, "origin": origin}
     return Answer(granularity=granularity, dtype=dtype, **answer)
 

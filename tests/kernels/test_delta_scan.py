@@ -1,12 +1,15 @@
 """The delta scan is the product of explicit matrices, and the chunked one is the naive one: same numbers, same gradients,
 for every decay from 0 to 1, every β from 0 to 2, both writes and every shape."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from decay_core import kernel_seam  # makes kernels/ importable
 from kernels import delta_scan_chunked as chunked_file
 from kernels.decay_scan_naive import decay_scan_naive
+from kernels.decay_source import DecaySource
 from kernels.delta_scan_chunked import CHUNK, delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
 from kernels.select_kernel import select_delta_scan
@@ -257,6 +260,72 @@ def test_empty_batch_gives_empty_results_and_gradients(kind, length, scan):
     o, state = run(scan, leaves, True, start)
     assert o.shape == (0, length, 2, 5) and state.shape == (0, 2, 4, 5)
     (o.sum() + state.sum()).backward()
+
+
+@both_writes
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale_multiplies_outputs_and_not_the_state(kind, scan, beta_on_write):
+    *tensors, start = inputs(kind)
+    o, state = run(scan, tensors, beta_on_write, start)
+    scaled, same = scan(*tensors, beta_on_write, start, True, 0.25)
+    assert torch.equal(scaled, 0.25 * o) and torch.equal(same, state)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_those_by_themselves(kind, scan):
+    *tensors, _ = inputs(kind, batch=1, length=90)
+    lengths = [1, 0, 70, 19]
+    starts = torch.randn(4, 2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    o, states = scan(*tensors, True, starts, True, cu_seqlens=bounds)
+    for n, (a, b) in enumerate(pairwise(bounds.tolist())):
+        part = [x if x is None else x[:, a:b] for x in tensors]
+        wanted, state = run(scan, part, True, starts[n : n + 1])
+        assert torch.equal(o[:, a:b], wanted) and torch.equal(states[n : n + 1], state)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_a_decay_may_be_given_as_what_makes_it(kind, scan):
+    *tensors, start = inputs(kind)
+    source = DecaySource(x=tensors[4], kind="softplus", slope=-0.5)
+    wanted = run(scan, [*tensors[:4], source.log_decay()], start=start)
+    assert all(torch.equal(a, b) for a, b in zip(run(scan, [*tensors[:4], source], start=start), wanted, strict=True))
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_keys_are_normalized_where_that_is_asked_for(scan):
+    *tensors, _ = inputs("scalar")
+    tensors[1] = 4 * tensors[1]
+    tensors[1][:, 3] = 0
+    by_hand = [tensors[0], tensors[1] / (tensors[1].square().sum(-1, keepdim=True) + 1e-5).sqrt(), *tensors[2:]]
+    assert torch.equal(scan(*tensors, normalize_key=True)[0], scan(*by_hand)[0])
+
+
+REFUSED = {
+    "a β per channel": ({"beta": torch.ones(1, 6, 2, 4)}, r"beta of shape \(1, 6, 2, 4\) is not \(1, 6, 2\); give one number"),
+    "a β of the heads alone": ({"beta": torch.ones(2)}, r"beta of shape \(2,\) is not \(1, 6, 2\)"),
+    "a whole β": ({"beta": torch.ones(1, 6, 2, dtype=torch.int64)}, "beta of shape .* is torch.int64; cast it"),
+    "k of one head": ({"k": torch.ones(1, 6, 1, 4)}, r"k of shape \(1, 6, 1, 4\) differs from q's"),
+    "a decay per pair": ({"decay": torch.ones(1, 6, 2, 2)}, "decay of shape .* is neither"),
+    "a state of another width": ({"initial_state_bhkv": torch.ones(1, 2, 8, 4)}, "initial_state of shape .* is not"),
+    "no scale": ({"scale": 0.0}, "scale is 0.0: it must be a positive finite number"),
+    "float boundaries": ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens of shape .* is torch.float32"),
+}
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_call_that_does_not_fit_is_refused_in_one_line(change, scan):
+    changed, message = REFUSED[change]
+    arguments = {"q": torch.ones(1, 6, 2, 4), "k": torch.ones(1, 6, 2, 4), "v": torch.ones(1, 6, 2, 8)}
+    arguments |= {"beta": torch.ones(1, 6, 2), "decay": -torch.ones(1, 6, 2), **changed}
+    tensors = [arguments.pop(name) for name in ("q", "k", "v", "beta", "decay")]
+    with pytest.raises(ValueError, match=message) as refusal:
+        scan(*tensors, **arguments)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("scan", SCANS)

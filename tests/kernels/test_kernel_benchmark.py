@@ -16,9 +16,13 @@ import torch
 from benchmarks import kernels
 from benchmarks.kernel_claims import claims
 from benchmarks.kernel_contestants import CONTESTANTS, DECAYS, NotHere, inputs
+from benchmarks.kernel_delta_contestants import _dplr, delta_problem
 from benchmarks.kernel_results import Results, failures, write
 from benchmarks.kernel_run import ROOT, gpu_name
 from benchmarks.kernel_shapes import (
+    CLASSES,
+    DELTA_CLASSES,
+    DELTA_SHAPES,
     SHAPES,
     Roofline,
     Shape,
@@ -268,15 +272,31 @@ def test_only_the_default_measurement_has_the_plain_name():
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize(("name", "vector"), [("ours", False), ("ours", True), ("sdpa_flash", False)])
-def test_a_contestants_gradients_are_those_of_its_own_definition(name, vector, decay):
+@pytest.mark.parametrize(("name", "kind"), [*(("ours", kind) for kind in CLASSES), ("sdpa_flash", "scalar")])
+def test_a_contestants_gradients_are_those_of_its_own_definition(name, kind, decay):
     shape = Shape.of((1, 33, 2, 8, 8 if name == "sdpa_flash" else 16))
-    problem = CONTESTANTS[name].problem(inputs(shape, vector, torch.float32, "cpu", decay))
+    given = inputs(shape, kind in ("vector", "delta_vector"), torch.float32, "cpu", decay, kind=kind)
+    problem = CONTESTANTS[name].problem(given)
+    assert ("beta" in problem.leaves) == (kind in DELTA_CLASSES)
     wide = {key: leaf.detach().double().requires_grad_() for key, leaf in problem.leaves.items()}
     o = problem.reference(wide)
     right = (o, *torch.autograd.grad(o, list(wide.values()), problem.do.double()))
     for got, wanted in zip(problem.gradients(), right, strict=True):
         assert got.shape == wanted.shape and (got - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+def test_the_delta_rule_written_with_a_and_b_is_the_delta_rule():
+    given = inputs(Shape.of((2, 9, 3, 4, 5)), True, torch.float64, "cpu", kind="delta_vector")
+    erase = -given.beta.double()[..., None] * given.log_decay.exp() * given.k
+    x = {"q": given.q, "k": given.k, "v": given.v, "a": erase, "b": given.k, "g": given.log_decay}
+    wanted = delta_problem(given).reference({**x, "beta": given.beta})
+    assert (_dplr(x, 1.0) - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+def test_the_delta_rule_has_shapes_of_its_own_and_is_asked_for():
+    assert kernels.settings(kernels.parse([])).classes == ("scalar", "vector")
+    assert kernels.settings(kernels.parse(["--classes", "delta_scalar"])).shapes == DELTA_SHAPES
+    assert kernels.settings(kernels.parse(["--classes", "delta_scalar,scalar"])).shapes == SHAPES
 
 
 def test_decays_are_in_the_range_of_trained_models():
@@ -307,7 +327,7 @@ def test_ours_is_timed_before_and_after_its_rivals():
     for kind, rivals in (("scalar", ("chunk_simple_gla", "fused_chunk_simple_gla")), ("vector", ("chunk_gla",))):
         first, last = (i for i, spec in enumerate(order) if spec == (kind, "ours"))
         assert all(first < order.index((kind, rival)) < last for rival in rivals)
-    assert set(order) == {(k, c.name) for c in CONTESTANTS.values() for k in c.classes}
+    assert set(order) == {(k, c.name) for c in CONTESTANTS.values() for k in c.classes if k not in DELTA_CLASSES}
     assert len(order) == len(set(order)) + 2
 
 

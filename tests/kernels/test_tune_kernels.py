@@ -75,10 +75,12 @@ def test_labels_say_what_differs_from_the_default():
     assert tune_kernels._label(default, default) == ""
 
 
-@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+@pytest.mark.parametrize("granularity", tune_kernels.CLASSES)
 def test_every_candidate_is_a_configuration_and_none_comes_twice(granularity):
-    from kernels.decay_scan_triton import config_class
+    from kernels import decay_scan_triton, delta_scan_triton
     from kernels.tuned import made
+
+    config_class = (delta_scan_triton if granularity.startswith("delta") else decay_scan_triton).config_class
 
     for dims in ((64, 64), (128, 64), (256, 256)):
         jobs = tune_kernels.candidates(granularity, dims, "")

@@ -61,7 +61,7 @@ def test_new_rows_replace_those_of_their_key_and_keep_the_others(tmp_path):
         (json.dumps({"rows": [{"gpu": "a"}]}), "missing"),
         (table({"speed": 1}), "row 0 has the unknown field 'speed', it has architecture"),
         (table({"key_dim": "64"}), "row 0: key_dim is '64', not int"),
-        (table({"granularity": "paired"}), "granularity is 'paired', not 'scalar' or 'vector'"),
+        (table({"granularity": "paired"}), "granularity is 'paired', not 'scalar' or 'vector' or"),
         (table({}, {}), "row 1 repeats sm_90 scalar 64 128; keep one"),
     ],
 )
@@ -81,7 +81,8 @@ def test_a_configuration_of_other_types_is_refused(config):
 
 def test_every_row_of_our_table_fits_its_launcher():
     pytest.importorskip("triton", reason="Triton is for Linux")
-    from kernels.decay_scan_triton import config_class
+    from kernels import decay_scan_triton, delta_scan_triton
 
     for row in rows(tuned.TABLE).values():
-        made(config_class(row.granularity), row.config, str(row.key))
+        operators = delta_scan_triton if row.granularity.startswith("delta") else decay_scan_triton
+        made(operators.config_class(row.granularity), row.config, str(row.key))

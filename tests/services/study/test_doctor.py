@@ -61,6 +61,13 @@ def test_what_is_set_is_shown_and_counts(hopper, monkeypatch):
     assert "configuration from default, DECAY_KERNEL_POLICY=recompute: policy " in answer.output
 
 
+def test_the_delta_rule_has_its_own_kernels(hopper):
+    answer = doctor("--transition", "delta", "--dtype", "bf16", "--head-dim", "128")
+    assert "delta scan on cuda: batch 32" in answer.output
+    assert "  scalar bf16: triton (our Triton kernels serve scalar decay, K=128, V=128" in answer.output
+    assert "configuration from default: chunk " in answer.output
+
+
 def test_a_width_that_the_kernels_lack_is_told(hopper):
     answer = doctor("--head-dim", "60", "--dtype", "bf16")
     assert answer.output.count("K=60 is no multiple of 8 up to 256") == 2 and "chunked" in answer.output
@@ -74,6 +81,7 @@ def test_a_width_that_the_kernels_lack_is_told(hopper):
         (["--device", "meta"], "--device meta: the scans are tested on cpu and cuda alone"),
         (["--dtype", "int8"], "unknown --dtype 'int8'; known: bf16, fp16, fp32, fp64"),
         (["--granularity", "paired"], "unknown --granularity 'paired'; known: scalar, vector"),
+        (["--transition", "softmax"], "unknown --transition 'softmax'; known: diagonal, delta"),
         (["--heads", "0"], "--heads 0 is too small; give at least 1"),
         (["--seq-len", "-1"], "--seq-len -1 is too small; give at least 0"),
     ],
