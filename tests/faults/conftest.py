@@ -1,13 +1,12 @@
 """Studies to break, a quiet one to compare them with, and the record of every verdict for the table in the docs."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Place, differences, end_state, recovery, study_dict
+from harness import Place, differences, end_state, recovery, report, study_dict
 
 
 @pytest.fixture
@@ -59,12 +58,3 @@ def verdict(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         assert len(fired) == asked, f"{len(fired)} of {asked} faults fired: {[record['name'] for record in fired]}"
 
     yield judge
-
-
-def report(row: dict[str, Any]) -> None:
-    """Adds a row for tests/faults/table.py."""
-    print(json.dumps(row))
-    path = os.environ.get("DECAY_FAULT_TABLE")
-    if path:
-        with open(path, "a") as stream:
-            stream.write(json.dumps(row) + "\n")

@@ -258,3 +258,12 @@ def recovery(place: Place) -> list[tuple[float, int]]:
         repeated = max(0, step - 1 - resumed) if step is not None and resumed is not None else 0
         found.append((ends[0].time_ns / 1e9 - record["time"], repeated))
     return found
+
+
+def report(row: dict[str, Any]) -> None:
+    """Adds a row for tests/faults/table.py."""
+    print(json.dumps(row))
+    path = os.environ.get("DECAY_FAULT_TABLE")
+    if path:
+        with open(path, "a") as stream:
+            stream.write(json.dumps(row) + "\n")

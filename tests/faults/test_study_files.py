@@ -3,8 +3,7 @@
 import shutil
 
 import pytest
-from conftest import report
-from harness import differences, end_state
+from harness import differences, end_state, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2400)]
 

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import report
-from harness import end_state
+from harness import end_state, report
 
 from services.study.ledger import Ledger
 from services.study.storage import Storage
