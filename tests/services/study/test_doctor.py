@@ -70,3 +70,33 @@ def test_the_delta_rule_has_kernels_of_its_own_for_who_asks(hopper, monkeypatch)
     answer = doctor(*asked)
     assert "  scalar bf16: triton (DECAY_KERNEL asks for it)" in answer.output
     assert "configuration from default: chunk " in answer.output
+
+
+def test_a_width_that_the_kernels_lack_is_told(hopper):
+    answer = doctor("--head-dim", "60", "--dtype", "bf16")
+    assert answer.output.count("K=60 is no multiple of 8 up to 256") == 2 and "chunked" in answer.output
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--device", "cuda"], "--device cuda: this machine has 0 GPUs that torch can use; try cpu"),
+        (["--device", "tpu"], "--device tpu is no device that torch knows; try cpu or cuda"),
+        (["--device", "meta"], "--device meta: the scans are tested on cpu and cuda alone"),
+        (["--dtype", "int8"], "unknown --dtype 'int8'; known: bf16, fp16, fp32, fp64"),
+        (["--granularity", "paired"], "unknown --granularity 'paired'; known: scalar, vector"),
+        (["--transition", "softmax"], "unknown --transition 'softmax'; known: diagonal, delta"),
+        (["--heads", "0"], "--heads 0 is too small; give at least 1"),
+        (["--seq-len", "-1"], "--seq-len -1 is too small; give at least 0"),
+    ],
+)
+def test_a_question_without_an_answer_is_refused_in_one_line(words, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refusal = doctor(*words).exception
+    assert isinstance(refusal, DoctorError) and said in str(refusal) and "\n" not in str(refusal)
+
+
+def test_a_wrong_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("DECAY_KERNEL", "magic")
+    refusal = doctor().exception
+    assert isinstance(refusal, DoctorError) and "DECAY_KERNEL=magic: unknown decay scan" in str(refusal)
