@@ -28,7 +28,7 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -x -q -m 'not gpu and not paper and not faults and not slow'
 
-# Kills of workers, drivers and nodes in every phase, whole studies each: about an hour on two cores. Prints the table of docs/reliability.md.
+# Kills of workers, drivers and nodes in every phase, whole studies each: about an hour on two cores. Prints a table of what was fired and what came of it.
 test-faults: setup
 	@mkdir -p runs
 	DECAY_FAULT_TABLE=$(CURDIR)/runs/faults.jsonl $(BIN)/python -m pytest -q -s -m "faults and not gpu" tests

@@ -90,7 +90,7 @@ def stopped_by_sigterm(fence: Fence, say: Callable[[str], None]) -> Iterator[thr
         say("asked to stop: trials save and leave")
         try:
             tell_all(fence.storage, fence.driver)
-        except OSError:  # storage is away, so nobody can save
+        except Exception:  # storage is away, whatever its client raises then: nobody can save
             interrupt()
             return
         if not over.wait(GRACE_S):

@@ -77,6 +77,7 @@ class Run:
     lost: threading.Event
     stopping: threading.Event
     _unreadable: set[str] = field(default_factory=set)
+    _drains_unknown: bool = False
     _untracked: set[str] = field(default_factory=set)  # tracked once, by an MLflow store that is not there any more
 
     @property
@@ -110,10 +111,10 @@ class Run:
         known = manifest.tracking.get("runs", {}) if manifest.tracking.get("uri") == self._where else {}
         self._untracked = {trial for trial, run in runs.items() if known.get(trial, run) != run}
         manifest = replace(manifest, tracking={"uri": self._where, "parent": tracker.parent, "runs": runs})
+        self._note_changes(old, manifest)  # before the manifest, which then differs no more
         with self.fence.held():
             write_manifest(self.storage, manifest)
         self.ledger.append("run", trials=len(self.plan.trials), pid=os.getpid(), driver=self.fence.driver)
-        self._note_changes(old, manifest)
         self._collect(courier)
         missing = self._missing()
         self._make_way(missing)
@@ -145,12 +146,13 @@ class Run:
                     self.ledger.append("released", trial)
 
     def _make_way(self, missing: list[Trial]) -> None:
-        """Removes spoilt results of finished trials: each is written again from the trial's last checkpoint."""
+        """Removes spoilt results of finished trials and reopens them: each is written again from its last checkpoint."""
         states = self.ledger.states(trial.id for trial in self.plan.trials)
         for trial in missing:
             if states[trial.id].state == "finished":
                 self.options.say(f"{trial.name:<34} result or step log was damaged; written again from the last checkpoint")
                 self.storage.delete(result_file(trial.id))
+                self.ledger.append("reopened", trial.id)
 
     def _collect(self, courier: Courier) -> None:
         """Brings ledger and MLflow up to what workers have written: results that exist become finished, then tracked."""
@@ -198,10 +200,7 @@ class Run:
             told: dict[str, int] = {}
             while not stop.wait(POLL_S):
                 try:
-                    drained = draining_nodes()
-                    if drained != told:
-                        tell_nodes(self.storage, self.fence.driver, drained)
-                        told = drained
+                    told = self._pass_on_drains(told)
                     faults.point("driver.poll")
                     courier.poll()
                     self._collect(courier)
@@ -230,6 +229,19 @@ class Run:
         courier.patient = False  # the last chance of this run: ask once more whatever happened before
         courier.poll()
         self._collect(courier)
+
+    def _pass_on_drains(self, told: dict[str, int]) -> dict[str, int]:
+        """Tells workers which nodes Ray drains, where that has changed; what is known now."""
+        try:
+            drained = draining_nodes()
+        except Exception as error:  # Ray's own state, not an interface it promises
+            if not self._drains_unknown:
+                log.warning("Ray does not say which nodes it drains (%s); a drained node's trials go on elsewhere", error)
+            self._drains_unknown = True
+            return told
+        if drained != told:
+            tell_nodes(self.storage, self.fence.driver, drained)
+        return drained
 
     def _fit_until_none_is_preempted(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> None:
         """Trials that left on notice start again elsewhere, or here when nobody acted on the notice."""
@@ -270,8 +282,10 @@ class Run:
             if result.error is not None and result.config:
                 reason = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1][:500]
                 self.ledger.append("failed", result.config["trial"], reason=f"workers died: {reason}")
-        ended = {result.config["trial"]: (result.metrics or {}).get("ended") for result in grid if result.config}
-        return {trial for trial, how in ended.items() if how == "preempted"}
+        ended = [(result.metrics or {}).get("ended") for result in grid]
+        if any(how is None and result.error is None for how, result in zip(ended, grid, strict=True)):
+            raise KeyboardInterrupt  # Tune answers the first one by ending early
+        return {result.config["trial"] for how, result in zip(ended, grid, strict=True) if how == "preempted" and result.config}
 
     def _end(self, tracker: Tracker, courier: Courier) -> Exit:
         faults.point("driver.end")

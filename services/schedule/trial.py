@@ -54,6 +54,8 @@ def _train(job: TrialJob, train: Callable[[TrialJob], dict[str, Any]], retries: 
     ledger = Ledger(storage, Fence(storage=storage, driver=job.driver))
     deaths = 0
     while True:
+        if ledger.states([job.trial])[job.trial].state == "finished":  # before the node of this actor was lost
+            return "result"
         if due(storage, job.driver):
             return "preempted"
         try:

@@ -106,7 +106,7 @@ class Heartbeat:
                 self.lost.set()
                 self._on_loss()
                 return
-            except OSError as error:  # storage is away for a moment: the lease has EXPIRY_S of patience
+            except Exception as error:  # storage is away for a moment, whatever its client raises: the lease has EXPIRY_S
                 log.warning("the lease could not be renewed (%s); trying again", error)
 
 

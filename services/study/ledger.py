@@ -18,7 +18,7 @@ from services.study.sealed import seal, unseal
 from services.study.storage import Storage, StorageError
 
 Kind = Literal[
-    "run", "attempt", "died", "preempted", "finished", "failed", "tracked", "quarantined", "released", "drift"
+    "run", "attempt", "died", "preempted", "finished", "failed", "tracked", "quarantined", "released", "drift", "reopened"
 ]  # fmt: skip
 FOLDER = "ledger"
 
@@ -84,7 +84,7 @@ class Ledger:
         return [self._seen[name] for name in sorted(self._seen)]
 
     def states(self, trials: Iterable[str]) -> dict[str, TrialState]:
-        """The state of each of `trials`. A finished trial stays finished whatever comes after it."""
+        """The state of each of `trials`. A finished trial stays finished whatever comes after it but its being reopened."""
         states = {trial: TrialState(state="waiting") for trial in trials}
         for event in self.events():
             old = states.get(event.trial)
@@ -110,6 +110,8 @@ def _next_state(old: TrialState, event: Event) -> TrialState:
         preemptions=old.preemptions + (event.kind == "preempted"),
         deaths=old.deaths + (event.kind == "died"),
     )
+    if event.kind == "reopened":  # what it had is gone; what comes next is noted anew
+        return replace(counted, state="started", tracked=False, tracked_in="", result_sha256="", steps_sha256="")
     if event.kind == "tracked":
         counted = replace(counted, tracked=True, tracked_in=str(event.details.get("uri", "")))
     if event.kind == "finished":

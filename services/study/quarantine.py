@@ -1,7 +1,8 @@
 """Quarantine: a trial that kills its workers at the same place every time is set aside with the evidence; the study goes on.
 
 What is surprising: only deaths after the same logged step, one after the other, count, over all runs of the study. A trial
-whose workers are killed at different places has a bad machine, not a bad trial; a lost node and a preemption are no deaths.
+whose workers are killed at different places has a bad machine, not a bad trial; a lost node and a preemption are no deaths,
+and neither is one before the attempt has said that it began: workers that cannot start accuse no trial.
 """
 
 from __future__ import annotations
@@ -40,10 +41,13 @@ def evidence_of(ledger: Ledger, trial: str, patience: int) -> dict[str, Any] | N
 
 def _in_a_row(events: Any) -> list[Event]:
     deaths: list[Event] = []
+    began = False
     for event in events:
+        began = began or event.kind == "attempt"
         if event.kind == "released":
             deaths = []
-        elif event.kind == "died":
+        elif event.kind == "died" and began:
+            began = False
             same = bool(deaths) and deaths[-1].details.get("last_step") == event.details.get("last_step")
             deaths = [*deaths, event] if same else [event]
     return deaths

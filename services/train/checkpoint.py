@@ -178,10 +178,13 @@ def _commit(
     text = seal(body)
     digest = hashlib.sha256(text).hexdigest()
     if storage.local_path is None:
-        storage.put_folder(scratch, f"{FOLDER}/{name}")
-        fence.check()
-        storage.write(f"{FOLDER}/{name}/{COMPLETE}", text)
-        shutil.rmtree(scratch)
+        try:
+            fence.check()
+            storage.put_folder(scratch, f"{FOLDER}/{name}")
+            fence.check()
+            storage.write(f"{FOLDER}/{name}/{COMPLETE}", text)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         return digest
     write_atomically(scratch / COMPLETE, text)
     faults.point("checkpoint.commit", step=position.step)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from decay_core.kernel_seam import scans_taken
 from decay_core.model import state_size
 from services.study import faults
 from services.study.mechanism import mechanism_code
@@ -70,7 +69,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         device=device_name(trainer.world.device),
         varied=job.varied,
         mechanism=mechanism_code(job.model_config.point),
-        kernels=scans_taken(),
+        kernels=tuple(trainer.kernels()),
     )
     faults.point("finish.result")
     lost = damaged_histogram(trainer.storage, progress.histograms)

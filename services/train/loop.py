@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from decay_core.decay_stats import decay_profile
-from decay_core.kernel_seam import forget_scans
+from decay_core.kernel_seam import forget_scans, scans_taken
 from decay_core.model import build_model
 from decay_core.recipe import Recipe
 from services.data.corpus import Corpus, Windows, open_corpus
@@ -61,6 +61,7 @@ class Progress:
     held_out_sequence_accuracy: float | None = None
     initial_profile: list[dict[str, float]] = field(default_factory=list)
     histograms: dict[str, str] = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=list)  # which implementations computed the recurrences, over all attempts
 
 
 class Trainer:
@@ -152,8 +153,9 @@ class Trainer:
         judge = done % recipe.eval_every == 0 or last
         if not (save or judge or observed or done % self._flush_every == 0):
             return
-        seconds = (time.monotonic() - self._clock) / len(self._losses)
+        count = len(self._losses)
         self._flush_losses()
+        seconds = (time.monotonic() - self._clock) / count
         if judge:
             self._pending[-1].update(self._judge())
         self._check_finite()
@@ -227,6 +229,7 @@ class Trainer:
                 "deepspeed_config.json": json.dumps(self.engine.config, indent=1).encode(),
             }
         progress = self.progress
+        progress.kernels = self.kernels()
         position = checkpoint.Position(
             step=progress.step,
             order_hash=progress.order_hash,
@@ -238,10 +241,15 @@ class Trainer:
                 "held_out_sequence_accuracy": progress.held_out_sequence_accuracy,
                 "initial_profile": progress.initial_profile,
                 "histograms": progress.histograms,
+                "kernels": progress.kernels,
             },
         )
         checkpoint.save(self.engine, self.storage, position, self.world, files, self.fence)
         self._saved_step = progress.step
+
+    def kernels(self) -> list[str]:
+        """What this attempt and those before it have taken, in an order that does not depend on them."""
+        return sorted({*self.progress.kernels, *scans_taken()})
 
     def _judge(self) -> dict[str, float]:
         """Scores the held-out windows, keeps the scores for the result and returns them as metrics. Collective."""
@@ -368,6 +376,7 @@ def disk_trouble(error: Exception) -> str:
     """What a full, broken or read-only disk made of a write, in a few words; empty for any other error."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror} at {error.filename}" if error.filename else str(error.strerror)
-    # torch's own writer does not say why
-    unwritten = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container.cc"))
+    # torch's own writer does not say why; its reader lives in the same file
+    said = str(error)
+    unwritten = "PytorchStreamWriter" in said or ("inline_container.cc" in said and "PytorchStreamReader" not in said)
     return "a checkpoint file could not be written whole (is the disk full?)" if unwritten else ""

@@ -49,7 +49,7 @@ def due(storage: Storage, driver: int) -> str:
 
 def _fresh(path: Path) -> bool:
     try:
-        return time.time() < path.stat().st_mtime + 2 * NOTICE_S
+        return abs(time.time() - path.stat().st_mtime) < 2 * NOTICE_S
     except OSError:
         return False
 

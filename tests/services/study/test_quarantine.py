@@ -9,6 +9,7 @@ from services.study.result import UnreadableResult
 
 
 def die(ledger, from_step, step, cause="boom"):
+    ledger.append("attempt", "t", from_step=from_step)
     ledger.append("died", "t", from_step=from_step, last_step=step, cause=cause, processes=["host:1"])
 
 
@@ -16,7 +17,6 @@ def test_three_deaths_in_a_row_at_one_place_are_evidence(storage):
     ledger = Ledger(storage)
     for number in range(3):
         assert evidence_of(ledger, "t", 3) is None
-        ledger.append("attempt", "t", from_step=4)
         die(ledger, 4, 6, f"boom {number}")
     found = evidence_of(ledger, "t", 3)
     assert found["reason"] == "its workers died 3 times between step 6 and the next log: boom 2"
@@ -36,6 +36,18 @@ def test_progress_another_place_or_a_persons_word_begin_the_count_anew(storage, 
     between(ledger)
     die(ledger, 4, 6)
     assert evidence_of(ledger, "t", 3) is None
+
+
+def test_workers_that_never_began_are_no_evidence_and_interrupt_none(storage):
+    ledger = Ledger(storage)
+    for _ in range(9):
+        ledger.append("died", "t", from_step=None, last_step=0, cause="NCCL", processes=[])
+    assert evidence_of(ledger, "t", 1) is None
+    die(ledger, 4, 6)
+    ledger.append("died", "t", from_step=4, last_step=6, cause="no node", processes=[])
+    die(ledger, 4, 6, "again")
+    found = evidence_of(ledger, "t", 2)
+    assert found["causes"] == ["boom", "again"] and evidence_of(ledger, "t", 3) is None
 
 
 def test_a_preemption_is_no_death_and_no_failure(storage):

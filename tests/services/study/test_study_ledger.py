@@ -102,6 +102,18 @@ def test_a_trial_is_where_its_events_say_and_finished_stays_finished(ledger, kin
     assert ledger.states(["a"]) == {"a": state}
 
 
+def test_a_reopened_trial_has_nothing_of_what_it_had_and_can_finish_again(ledger):
+    ledger.append("finished", "t", result_sha256="a", steps_sha256="b")
+    ledger.append("tracked", "t", uri="store")
+    ledger.append("reopened", "t")
+    state = ledger.states(["t"])["t"]
+    assert (state.state, state.tracked, state.tracked_in) == ("started", False, "")
+    assert (state.result_sha256, state.steps_sha256) == ("", "")
+    ledger.append("finished", "t", result_sha256="c", steps_sha256="d")
+    state = ledger.states(["t"])["t"]
+    assert (state.state, state.result_sha256, state.tracked) == ("finished", "c", False)
+
+
 def test_a_trial_nobody_asks_for_is_not_reported(ledger):
     ledger.append("finished", "a")
     assert ledger.states(["b"]) == {"b": TrialState(state="waiting")}

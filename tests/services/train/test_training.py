@@ -59,6 +59,8 @@ def test_resume_after_kill_gives_same_bits(train, zero_stage, workers, precision
     assert _timeless(resumed.steps) == _timeless(quiet.steps)
     assert resumed.result["weights_sha256"] == quiet.result["weights_sha256"]
     assert resumed.result["order_hash"] == quiet.result["order_hash"]
+    assert resumed.result["kernels"] == quiet.result["kernels"]
+    assert any(precision == "fp32" or "bfloat16 on cpu" in line for line in quiet.result["kernels"])
     assert (resumed.folder / "histograms.parquet").read_bytes() == (quiet.folder / "histograms.parquet").read_bytes()
 
 
