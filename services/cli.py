@@ -175,11 +175,15 @@ def submit(
         str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Ray's dashboard address")
     ] = "http://127.0.0.1:8265",
     wait: Annotated[bool, typer.Option(help="follow the log and end with the job's exit code")] = True,
+    accept_drift: DriftOption = False,
+    retry_quarantined: RetryOption = False,
 ) -> None:
     """Submit a study as a Ray job: this folder travels, the driver runs on the cluster."""
     from services.schedule.submit import submit_study
 
-    raise typer.Exit(submit_study(study_file, storage, address, wait, sys.stderr))
+    asked = {"--accept-drift": accept_drift, "--retry-quarantined": retry_quarantined}
+    options = [name for name, wanted in asked.items() if wanted]
+    raise typer.Exit(submit_study(study_file, storage, address, wait, sys.stderr, options))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -16,11 +17,16 @@ from services.study.storage import Storage
 # what must not travel: environments, histories, results and secrets (Ray refuses packages above 100 MiB)
 EXCLUDES = [".venv", ".git", "runs", "*.egg-info", ".env", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 RETRY_S = 5.0
+COMMAND = ("python", "-m", "services.cli", "run")
 ROOT = Path(__file__).parents[2]
 
 
-def submit_study(study_file: Path, storage: str | None, address: str, wait: bool, out: TextIO) -> int:
+def submit_study(
+    study_file: Path, storage: str | None, address: str, wait: bool, out: TextIO, options: Sequence[str] = ()
+) -> int:
     """Submits `decay run` of a study file inside this checkout; returns the job's exit code (0 when not waiting).
+
+    options: those of `decay run` that are passed on, such as "--accept-drift".
 
     Raises StudyError for a file outside the checkout, a storage that would be lost with the job, and a cluster that does
     not answer.
@@ -40,7 +46,7 @@ def submit_study(study_file: Path, storage: str | None, address: str, wait: bool
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "services.cli", "run", str(inside), "--storage", study.storage]),
+            entrypoint=shlex.join([*COMMAND, str(inside), "--storage", study.storage, *options]),
             runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES},
             metadata={"decay.study": study.name},
         )

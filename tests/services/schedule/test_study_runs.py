@@ -85,7 +85,7 @@ def test_a_submitted_study_ends_in_mlflow_and_a_second_submission_trains_nothing
     before = everything(storage / "job" / "trials")
     again = in_checkout(
         sys.executable, "-m", "services.cli", "submit", "tune_spaces/job.yaml", "--storage", str(storage),
-        "--address", ray_head["dashboard"],
+        "--address", ray_head["dashboard"], "--accept-drift", "--retry-quarantined",
     )  # fmt: skip
     assert "2 finished, 0 to run" in again
     assert everything(storage / "job" / "trials") == before
