@@ -87,7 +87,7 @@ def _versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    found["commit"] = _output("git", "rev-parse", "--short", "HEAD")
+    found["commit"] = _output("git", "describe", "--always", "--dirty", "--exclude=*")
     return found
 
 

@@ -127,10 +127,17 @@ def chosen_config(
 
     The table is measured with bf16 tensors and is for them alone: products of wider ones take other registers.
     """
-    launchers, measured = _LAUNCHERS[granularity], None
+    return choose(_LAUNCHERS[granularity], architecture, granularity, key_dim, value_dim, dtype, asked)
+
+
+def choose(
+    launchers: Any, architecture: str, granularity: str, key_dim: int, value_dim: int, dtype: torch.dtype, asked: str
+) -> tuple[Any, str]:
+    """`chosen_config` for launchers with a `config` class and a `default_config`, which saves."""
+    measured = None
     if dtype == torch.bfloat16:
         measured = tuned_config(architecture, granularity, key_dim, value_dim, launchers.config)
-    default = launchers.default_config(key_dim, value_dim, dtype)  # which saves
+    default = launchers.default_config(key_dim, value_dim, dtype)
     config, origin = (default, "default") if measured is None else (measured, "tuned.json")
     if asked == "save" and config.policy == "recompute":
         return default, f"default, since {POLICY}={asked}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.decay_scan_triton import POLICY, _side_by_side, _traced, absence, architecture_of, policy, refusal
+from kernels.decay_scan_triton import _side_by_side, _traced, absence, architecture_of, choose, policy, refusal
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_step_triton import delta_step_triton
@@ -29,7 +29,6 @@ from kernels.triton_delta_vector import backward as vector_backward
 from kernels.triton_delta_vector import default_config as vector_config
 from kernels.triton_delta_vector import forward as vector_forward
 from kernels.triton_delta_vector import saved_like as vector_saved_like
-from kernels.tuned import tuned_config
 
 
 def delta_scan_triton(
@@ -95,14 +94,7 @@ def chosen_config(
     architecture: str, granularity: str, key_dim: int, value_dim: int, dtype: torch.dtype, asked: str
 ) -> tuple[Any, str]:
     """(the configuration, where it comes from), for a policy that is asked for or "". The table is for bf16 tensors alone."""
-    launchers, measured = _LAUNCHERS[granularity], None
-    if dtype == torch.bfloat16:
-        measured = tuned_config(architecture, granularity, key_dim, value_dim, launchers.config)
-    default = launchers.default_config(key_dim, value_dim, dtype)  # which saves
-    config, origin = (default, "default") if measured is None else (measured, "tuned.json")
-    if asked == "save" and config.policy == "recompute":
-        return default, f"default, since {POLICY}={asked}"
-    return config, f"{origin}, {POLICY}={asked}" if asked else origin
+    return choose(_LAUNCHERS[granularity], architecture, granularity, key_dim, value_dim, dtype, asked)
 
 
 class _Launchers(NamedTuple):

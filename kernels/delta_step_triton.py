@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import DecaySource
-from kernels.launching import cdiv, next_power_of_2, on_device_of
+from kernels.launching import cdiv, launch, next_power_of_2, on_device_of
 from kernels.scan_arguments import check_delta_scan
 from kernels.triton_gate import KINDS, log2_decay
 from kernels.triton_toolchain import choose_ptxas
@@ -88,14 +88,20 @@ def _step(
     o = v.new_empty(batch, 1, heads, value_dim)
     block_k = next_power_of_2(key_dim)
     block_v = min(max(ENTRIES // block_k, 16), next_power_of_2(value_dim))
-    strides = [y.stride(axis) if y is not None else 0 for y in (q, k, v, beta, x) for axis in (0, 2)]
+    vector = x is not None and x.dim() == 4
+    steps = {
+        f"{name}_{axis}": 0 if y is None else y.stride(i)
+        for name, y in zip(("q", "k", "v", "beta", "x"), (q, k, v, beta, x), strict=True)
+        for i, axis in ((0, "b"), (2, "h"))
+    }
+    arguments = dict(
+        q=q, k=k, v=v, beta=beta, x=x, gain=gain, offset=offset, before=state if before is None else before, after=state, o=o,
+        slope=float(slope), scale=float(scale), heads=heads, **steps, x_k=x.stride(3) if vector else 0,
+        KIND=KINDS[kind], VECTOR=vector, WRITE=beta_on_write, NORM=normalize_key, K=key_dim, V=value_dim, BLOCK_K=block_k,
+        BLOCK_V=block_v,
+    )  # fmt: skip
     with on_device_of(q):
-        _step_kernel[(batch * heads, cdiv(value_dim, block_v))](
-            q, k, v, beta, x, gain, offset, state if before is None else before, state, o, float(slope), float(scale), heads,
-            *strides, x.stride(3) if x is not None and x.dim() == 4 else 0,
-            KIND=KINDS[kind], VECTOR=x is not None and x.dim() == 4, WRITE=beta_on_write, NORM=normalize_key,
-            K=key_dim, V=value_dim, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
-        )  # fmt: skip
+        launch(_step_kernel, (batch * heads, cdiv(value_dim, block_v)), arguments, num_warps=4)
     return o
 
 

@@ -149,6 +149,16 @@ def axes(name: str) -> tuple[str, str, str]:
     return f"{name}_b", f"{name}_t", f"{name}_h"
 
 
+def at_most(registers: int | None) -> dict[str, int]:
+    """The option that limits a kernel's registers per thread; none for None."""
+    return {} if registers is None else {"maxnreg": registers}
+
+
+def widened(x: Tensor | None) -> Tensor | None:
+    """A state or a parameter as kernels read it: fp32, contiguous."""
+    return None if x is None else x.float().contiguous()
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes a tensor's device the current one, where it is not."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():

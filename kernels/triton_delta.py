@@ -28,11 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import PARAMETERS, DecaySource
-from kernels.launching import INTERPRETED, cdiv, launch, next_power_of_2, on_device_of, padded
+from kernels.launching import INTERPRETED, at_most, cdiv, launch, next_power_of_2, on_device_of, padded, strides, widened
 from kernels.triton_delta_gradients import gradients_kernel
 from kernels.triton_delta_solve import planes, solve_kernel
 from kernels.triton_delta_walk import forward_kernel, reverse_kernel
 from kernels.triton_gate import KINDS
+from kernels.triton_scalar import slot_count
 from kernels.triton_scalar_gate import gate_kernel
 
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -130,7 +131,7 @@ def forward(
     o = v_bthv.new_empty(v_bthv.shape)
     final = call.outside_states() if want_state else None
     saved = call.solved(keep)
-    call.walk_forwards(o, _wide(initial_state), final, saved)
+    call.walk_forwards(o, widened(initial_state), final, saved)
     return o, final, saved if keep else None
 
 
@@ -154,10 +155,10 @@ def backward(
     call = _Call(q_bthk, k_bthk, v_bthv, beta_bth, source, scale, beta_on_write, normalize_key, config, cu_seqlens)
     if saved is None:
         saved = call.solved(True)
-        call.walk_forwards(None, _wide(initial_state), None, saved)
+        call.walk_forwards(None, widened(initial_state), None, saved)
     d_initial = None if initial_state is None else call.outside_states()
     dr, d_states = torch.empty_like(saved.errors), torch.empty_like(saved.states)
-    call.walk_in_reverse(do_bthv, _wide(d_final_state), dr, d_initial, d_states, saved)
+    call.walk_in_reverse(do_bthv, widened(d_final_state), dr, d_initial, d_states, saved)
     return call.gradients(do_bthv, dr, d_states, d_initial, saved)
 
 
@@ -169,22 +170,13 @@ def saved_like(
         return [((0,), q_bthk.dtype)] * 4
     batch, tokens, heads, key_dim = q_bthk.shape
     chunk = config.chunk
-    slots = _slots(batch, tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk)
+    slots = slot_count(batch, tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk)
     return [
         ((slots, heads, chunk, chunk), q_bthk.dtype),
         ((slots, heads, planes(q_bthk.dtype == torch.float32, normalize_key), chunk), torch.float32),
         ((slots, heads, key_dim, v_bthv.shape[-1]), q_bthk.dtype),
         (tuple(v_bthv.shape), q_bthk.dtype),
     ]
-
-
-def _wide(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.float().contiguous()
-
-
-def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
-    """Chunks with a place of their own. `packed` sequences start at places as triton_scalar_tiles.py says, with gaps."""
-    return batch * cdiv(tokens, span) if packed is None else tokens // span + packed
 
 
 class _Call:
@@ -209,7 +201,7 @@ class _Call:
         self.batch, self.tokens, self.heads, self.key_dim = q.shape
         self.value_dim = v.shape[-1]
         self.sequences = self.batch if cu is None else cu.shape[0] - 1
-        self.slots = _slots(self.batch, self.tokens, None if cu is None else self.sequences, config.chunk)
+        self.slots = slot_count(self.batch, self.tokens, None if cu is None else self.sequences, config.chunk)
         self.whole_k, self.whole_v = padded(self.key_dim), padded(self.value_dim)
         single = q.dtype == torch.float32
         operand = tl.float32 if INTERPRETED and q.dtype == torch.bfloat16 else _TRITON_DTYPE[q.dtype]
@@ -234,7 +226,7 @@ class _Call:
             return {"gain": None, "offset": None}
         used = PARAMETERS[self.source.kind]
         given = {"gain": self.source.gain, "offset": self.source.offset}
-        return {name: _wide(x) if name in used else None for name, x in given.items()}
+        return {name: widened(x) if name in used else None for name, x in given.items()}
 
     def solved(self, keep: bool) -> Saved:
         """The chunks' systems and gates; with `keep`, room for what the walk leaves."""
@@ -244,16 +236,16 @@ class _Call:
         states = self.new(self.slots if keep else 0, self.heads, self.key_dim, self.value_dim, dtype=dtype)
         errors = self.new(*self.v.shape[: 4 if keep else 0], dtype=dtype)
         x = None if self.source is None else self.source.x
-        strides = _strides("x", x) | _strides("beta", self.beta)
+        steps = strides("x", x) | strides("beta", self.beta)
         arguments = dict(
             k=self.k, x=x, beta=self.beta, **self.parameters(), cu=self.cu, inverse=inverse, gates=gates,
             slope=1.0 if self.source is None else float(self.source.slope), tokens=self.tokens, heads=self.heads,
-            sequences=self.sequences, search_steps=self.sequences.bit_length(), **self.rows(k=self.k), **strides,
+            sequences=self.sequences, search_steps=self.sequences.bit_length(), **self.rows(k=self.k), **steps,
             K=self.key_dim, BLOCK_K=min(128, self.whole_k), CHUNK=chunk, LEVELS=chunk.bit_length() - 1,
             KIND=0 if self.source is None else KINDS[self.source.kind], NORM=self.modes["NORM"], **self.numbers,
         )  # fmt: skip
         with self.on_device:
-            how = {"num_warps": self.config.solve_warps, **_limit(self.config.solve_registers)}
+            how = {"num_warps": self.config.solve_warps, **at_most(self.config.solve_registers)}
             launch(solve_kernel, (self.slots * self.heads,), arguments, **how)
         return Saved(inverse, gates, states, errors)
 
@@ -289,7 +281,7 @@ class _Call:
     def walk(self, kernel: Any, block: int, arguments: dict[str, Any], warps: int, stages: int, registers: int | None) -> None:
         programs = self.sequences * self.heads * cdiv(self.value_dim, min(block, self.whole_v))
         with self.on_device:
-            launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **_limit(registers))
+            launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **at_most(registers))
 
     def gradients(
         self, do: Tensor, dr: Tensor, d_states: Tensor, d_initial: Tensor | None, saved: Saved
@@ -310,7 +302,7 @@ class _Call:
             CHUNK=self.config.chunk, **self.numbers, **self.modes,
         )  # fmt: skip
         with self.on_device:
-            how = {"num_warps": self.config.gradient_warps, "num_stages": 1, **_limit(self.config.gradient_registers)}
+            how = {"num_warps": self.config.gradient_warps, "num_stages": 1, **at_most(self.config.gradient_registers)}
             launch(gradients_kernel, (self.slots * self.heads * slices,), arguments, **how)
         return DeltaGradients(dq, dk, dv, d_beta.to(self.beta.dtype), **self.gate_gradients(d_log), initial_state=d_initial)
 
@@ -327,7 +319,7 @@ class _Call:
         sums = {f"d_{name}": None if y is None else self.new(grid[0], self.heads) for name, y in parameters.items()}
         arguments = dict(
             d_log=d_log, x=x, **parameters, dx=dx, **sums, slope=float(self.source.slope), slices=d_log.shape[0], rows=rows,
-            tokens=self.tokens, heads=self.heads, **_strides("x", x), ROWS=block_rows, HEADS=block_heads,
+            tokens=self.tokens, heads=self.heads, **strides("x", x), ROWS=block_rows, HEADS=block_heads,
             KIND=KINDS[self.source.kind],
         )  # fmt: skip
         with self.on_device:
@@ -340,14 +332,5 @@ class _Call:
         """Strides in units of 16 bytes where all allow it, so that the compiler knows that rows are aligned."""
         unit = 16 // self.q.dtype.itemsize
         align = unit if all(stride % unit == 0 for y in tensors.values() for stride in y.stride()[:3]) else 1
-        found = {name: stride // align for key, y in tensors.items() for name, stride in _strides(key, y).items()}
+        found = {name: stride // align for key, y in tensors.items() for name, stride in strides(key, y).items()}
         return found | {"ALIGN": align}
-
-
-def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    strides = (0, 0, 0) if x is None else x.stride()
-    return {f"{name}_{axis}": strides[i] for i, axis in enumerate("bth")}
-
-
-def _limit(registers: int | None) -> dict[str, int]:
-    return {} if registers is None else {"maxnreg": registers}

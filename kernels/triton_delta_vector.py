@@ -28,12 +28,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import DecaySource
-from kernels.launching import INTERPRETED, cdiv, launch, on_device_of, padded
-from kernels.triton_delta import DeltaGradients, Saved, _limit, _slots, _strides, _wide
+from kernels.launching import INTERPRETED, at_most, cdiv, launch, on_device_of, padded, strides, widened
+from kernels.triton_delta import DeltaGradients, Saved
 from kernels.triton_delta_vector_gradients import vector_gradients_kernel
 from kernels.triton_delta_vector_prepare import PLANES, prepare_kernel
 from kernels.triton_delta_vector_walk import vector_forward_kernel, vector_reverse_kernel
 from kernels.triton_gate import KINDS
+from kernels.triton_scalar import slot_count
 from kernels.triton_vector import FINE_RANGE, GROUP, RANGE, _parameter
 
 
@@ -116,7 +117,7 @@ def forward(
     keep = want_saved and config.policy == "save"
     o = v_bthv.new_empty(v_bthv.shape)
     final = call.outside_states() if want_state else None
-    states, errors = call.walk_forwards(call.prepared(), o, _wide(initial_state), final, keep)
+    states, errors = call.walk_forwards(call.prepared(), o, widened(initial_state), final, keep)
     return o, final, Saved(call.q.new_empty(0), call.q.new_empty(0), states, errors) if keep else None
 
 
@@ -141,12 +142,12 @@ def backward(
     call = _Call(q_bthk, k_bthk, v_bthv, beta_bth, source, scale, beta_on_write, normalize_key, config, cu_seqlens, exact)
     prepared = call.prepared()
     if saved is None:
-        states, errors = call.walk_forwards(prepared, None, _wide(initial_state), None, True)
+        states, errors = call.walk_forwards(prepared, None, widened(initial_state), None, True)
     else:
         _, _, states, errors = saved
     d_initial = None if initial_state is None else call.outside_states()
     dr, d_states = torch.empty_like(errors), torch.empty_like(states)
-    call.walk_in_reverse(prepared, do_bthv, _wide(d_final_state), dr, d_initial, d_states)
+    call.walk_in_reverse(prepared, do_bthv, widened(d_final_state), dr, d_initial, d_states)
     return call.gradients(prepared, do_bthv, dr, errors, states, d_states, d_initial)
 
 
@@ -158,7 +159,7 @@ def saved_like(
     if config.policy != "save":
         return [nothing] * 4
     batch, tokens, heads, key_dim = q_bthk.shape
-    slots = _slots(batch, tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, config.chunk)
+    slots = slot_count(batch, tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, config.chunk)
     kept = _kept_dtype(q_bthk)
     return [nothing, nothing, ((slots, heads, key_dim, v_bthv.shape[-1]), kept), (tuple(v_bthv.shape), kept)]
 
@@ -188,7 +189,7 @@ class _Call:
         self.batch, self.tokens, self.heads, self.key_dim = q.shape
         self.value_dim, self.scale = v.shape[-1], float(scale)
         self.sequences = self.batch if cu is None else cu.shape[0] - 1
-        self.slots = _slots(self.batch, self.tokens, None if cu is None else self.sequences, config.chunk)
+        self.slots = slot_count(self.batch, self.tokens, None if cu is None else self.sequences, config.chunk)
         self.whole_k, self.whole_v = padded(self.key_dim), padded(self.value_dim)
         self.kept = _kept_dtype(q)
         bf16 = q.dtype == torch.bfloat16
@@ -199,7 +200,7 @@ class _Call:
         self.parts: dict[str, Any] = dict(
             x=source.x, gain=_parameter(source, "gain"), offset=_parameter(source, "offset"), slope=float(source.slope),
             scale=self.scale, tokens=self.tokens, heads=self.heads, sequences=self.sequences,
-            search_steps=self.sequences.bit_length(), cu=cu, **_strides("q", q), **_strides("k", k), **_strides("x", source.x),
+            search_steps=self.sequences.bit_length(), cu=cu, **strides("q", q), **strides("k", k), **strides("x", source.x),
             K=self.key_dim, LEVELS=config.chunk.bit_length() - 1, KIND=KINDS[source.kind],
             ONE_HALF=source.kind == "log" and whole, NORM=normalize_key, **self.numbers,
         )  # fmt: skip
@@ -225,7 +226,7 @@ class _Call:
         flags = None if self.exact else empty(sizes, device=self.q.device, dtype=torch.int8)
         found = _Prepared(*squares, *tiles, self.new(*sizes, 2, self.key_dim), self.new(*sizes, PLANES, config.chunk), flags)
         arguments = dict(
-            q=self.q, k=self.k, beta=self.beta, **found._asdict(), **_strides("beta", self.beta), **self.parts,
+            q=self.q, k=self.k, beta=self.beta, **found._asdict(), **strides("beta", self.beta), **self.parts,
             BLOCK_K=min(config.prepare_key_block, self.whole_k), RANGE=self.range,
         )  # fmt: skip
         self.all_chunks(prepare_kernel, arguments, config.prepare_warps, config.prepare_registers)
@@ -237,7 +238,7 @@ class _Call:
             group = GROUP if again else 1
             exactly = {"EXACT": self.exact or again, "AGAIN": again, "GROUP": group, "slots": self.slots}
             # The exact kernels have more in registers than there are: with 8 warps they spill less and compile sooner.
-            how = {"num_warps": 8} if exactly["EXACT"] else {"num_warps": warps, **_limit(registers)}
+            how = {"num_warps": 8} if exactly["EXACT"] else {"num_warps": warps, **at_most(registers)}
             with self.on_device:
                 programs = cdiv(self.slots, group) * self.heads * (1 if exactly["EXACT"] else slices)
                 launch(kernel, (programs,), arguments | exactly, num_stages=1, **how)
@@ -251,7 +252,7 @@ class _Call:
         errors = self.new(*self.v.shape[: 4 if keep else 0], dtype=self.kept)
         outputs = {"o": o, "final": final, "states": states if keep else None, "errors": errors if keep else None}
         arguments = dict(
-            **prepared.tiles(), v=self.v, initial=initial, **outputs, **_strides("v", self.v),
+            **prepared.tiles(), v=self.v, initial=initial, **outputs, **strides("v", self.v),
             **self.walk_sizes(config.forward_value_block), WRITE=self.write, STAGES=config.forward_stages,
         )  # fmt: skip
         how = (config.forward_warps, config.forward_stages, config.forward_registers)
@@ -269,7 +270,7 @@ class _Call:
     ) -> None:
         config = self.config
         arguments = dict(
-            **prepared.tiles(), d=do, d_final=d_final, dr=dr, d_initial=d_initial, d_states=d_states, **_strides("d", do),
+            **prepared.tiles(), d=do, d_final=d_final, dr=dr, d_initial=d_initial, d_states=d_states, **strides("d", do),
             **self.walk_sizes(config.reverse_value_block), STAGES=config.reverse_stages,
         )  # fmt: skip
         how = (config.reverse_warps, config.reverse_stages, config.reverse_registers)
@@ -285,7 +286,7 @@ class _Call:
     def walk(self, kernel: Any, arguments: dict[str, Any], warps: int, stages: int, registers: int | None) -> None:
         programs = self.sequences * self.heads * cdiv(self.value_dim, arguments["BLOCK_V"])
         with self.on_device:
-            launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **_limit(registers))
+            launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **at_most(registers))
 
     def gradients(
         self,
@@ -308,8 +309,8 @@ class _Call:
             q=self.q, k=self.k, v=self.v, d=do, queries=prepared.queries, erasers=prepared.erasers,
             writers=prepared.writers, gates=prepared.gates, flags=prepared.flags, errors=errors, dr=dr, starts=states,
             ends=d_states, dq=dq,
-            dk=dk, dv=dv, d_beta=d_beta, dx=dx, d_gain=rows["gain"], d_offset=rows["offset"], **_strides("v", self.v),
-            **_strides("d", do), **self.parts, V=self.value_dim, BLOCK_K=min(self.config.gradient_key_block, self.whole_k),
+            dk=dk, dv=dv, d_beta=d_beta, dx=dx, d_gain=rows["gain"], d_offset=rows["offset"], **strides("v", self.v),
+            **strides("d", do), **self.parts, V=self.value_dim, BLOCK_K=min(self.config.gradient_key_block, self.whole_k),
             BLOCK_V=self.whole_v, WRITE=self.write,
         )  # fmt: skip
         slices = 1 if self.parts["NORM"] else cdiv(self.key_dim, arguments["BLOCK_K"])

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import PARAMETERS, DecaySource
-from kernels.launching import INTERPRETED, axes, cdiv, next_power_of_2, on_device_of, padded
+from kernels.launching import INTERPRETED, at_most, axes, cdiv, next_power_of_2, on_device_of, padded, widened
 from kernels.launching import launch as launch_kernel
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_scalar_chunks import chunk_kernel
@@ -73,7 +73,7 @@ def forward(
     """
     scan = _Scan.of(q_bthk, v_bthv, source, scale, cu_seqlens)
     launch = config.forward
-    starts = scan.states_at_segments(launch, k_bthk, v_bthv, _wide(initial_state), reverse=False)
+    starts = scan.states_at_segments(launch, k_bthk, v_bthv, widened(initial_state), reverse=False)
     o = scan.partial(v_bthv, scan.slices(launch)[0])
     final = scan.states() if want_state else None
     saved = scan.kept(config) if want_saved and config.policy != "recompute" else None
@@ -109,7 +109,7 @@ def backward(
     if config.policy != "recompute" and (saved is None or saved.shape != scan.kept_shape(config)):
         raise ValueError(f"policy `{config.policy}`: the forward pass saved no states, or saved them for another chunk")
     inputs = {"q": q_bthk, "k": k_bthk, "v": v_bthv, "d": do_bthv}
-    initial_state, d_final_state = _wide(initial_state), _wide(d_final_state)
+    initial_state, d_final_state = widened(initial_state), widened(d_final_state)
     return _POLICIES[config.policy](scan, inputs, initial_state, saved, d_final_state, config)
 
 
@@ -121,7 +121,7 @@ def saved_like(
         return (0,), q_bthk.dtype
     batch, tokens, heads, key_dim = q_bthk.shape
     packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (_slots(batch, tokens, packed, config.kept_every), heads, key_dim, v_bthv.shape[-1]), q_bthk.dtype
+    return (slot_count(batch, tokens, packed, config.kept_every), heads, key_dim, v_bthv.shape[-1]), q_bthk.dtype
 
 
 def _by_reverse_walk(
@@ -176,15 +176,11 @@ _POLICIES = {"states": _by_reverse_walk, "recompute": _by_two_walks, "split": _b
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _wide(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.float().contiguous()
-
-
 def _summed(parts: Tensor, like: Tensor) -> Tensor:
     return parts if parts.dim() == like.dim() else parts.sum(dim=0).to(like.dtype)
 
 
-def _slots(batch: int, tokens: int, packed: int | None, span: int) -> int:
+def slot_count(batch: int, tokens: int, packed: int | None, span: int) -> int:
     """States kept for each head. `packed` sequences start at slots as triton_scalar_tiles.py says, with gaps."""
     return batch * cdiv(tokens, span) if packed is None else tokens // span + packed
 
@@ -231,7 +227,7 @@ class _Scan:
         return self.shape[0] if self.cu is None else self.cu.shape[0] - 1
 
     def slots(self, span: int) -> int:
-        return _slots(*self.shape[:2], None if self.cu is None else self.sequences, span)
+        return slot_count(*self.shape[:2], None if self.cu is None else self.sequences, span)
 
     def checkpoints(self, launch: Launch) -> tuple[int, ...]:
         """The shape of the states that `recompute` keeps between its walks: those at the spans' ends among them."""
@@ -276,7 +272,7 @@ class _Scan:
         """The gain and the offset that the source's formula uses, in fp32."""
         used = PARAMETERS[self.source.kind]
         given = {"gain": self.source.gain, "offset": self.source.offset}
-        return {name: _wide(x) if name in used else None for name, x in given.items()}
+        return {name: widened(x) if name in used else None for name, x in given.items()}
 
     def outputs(self, inputs: dict[str, Tensor], launch: Launch, initial: Tensor | None) -> dict[str, Tensor | None]:
         """Room for what a backward pass leaves, a share for each slice of a state."""
@@ -376,7 +372,6 @@ class _Scan:
         segments = segments if self.cu is None else self.sequences
         single = self.dtype == torch.float32
         product = tl.float32 if single or (INTERPRETED and self.dtype == torch.bfloat16) else _TRITON_DTYPE[self.dtype]
-        limit = {} if launch.registers is None else {"maxnreg": launch.registers}
         with self.on_device:
             arguments = dict(
                 **inputs, x=x, **self.parameters(), cu=self.cu, **others, slope=float(self.source.slope),
@@ -385,5 +380,5 @@ class _Scan:
                 KIND=KINDS[self.source.kind], ALIGN=align, LP=product, PRECISION="tf32x3" if single else "tf32", SPLIT=single,
                 STAGES=launch.stages,
             )  # fmt: skip
-            how = {"num_warps": launch.warps, "num_stages": launch.stages, **limit}
+            how = {"num_warps": launch.warps, "num_stages": launch.stages, **at_most(launch.registers)}
             launch_kernel(kernel, (programs * heads,), arguments, **how)

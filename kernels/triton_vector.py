@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay_source import PARAMETERS, DecaySource
-from kernels.launching import INTERPRETED, NARROWEST, cdiv, launch, on_device_of, padded, strides
+from kernels.launching import INTERPRETED, NARROWEST, at_most, cdiv, launch, on_device_of, padded, strides, widened
 from kernels.triton_gate import KINDS, Gradients
 from kernels.triton_vector_gradients import gradients_kernel
 from kernels.triton_vector_rows import rows_kernel
@@ -131,7 +131,7 @@ def forward(
     Without k the key is 1 - λ. States are (B, H, K, V), or (N, H, K, V) with the boundaries of N packed sequences.
     """
     call = _Call(q_bthk, k_bthk, v_bthv, decay, config, cu_seqlens)
-    initial = _state(initial_state_nhkv)
+    initial = widened(initial_state_nhkv)
     o = v_bthv.new_empty(v_bthv.shape)
     keep = want_saved and config.policy == "save"
     with call.on_device:
@@ -165,9 +165,9 @@ def backward(
     with call.on_device:
         states = saved
         if states is None:
-            states, _ = _Walk(call, v_bthv, scale, exact).run(None, _state(initial_state_nhkv), False)
+            states, _ = _Walk(call, v_bthv, scale, exact).run(None, widened(initial_state_nhkv), False)
         walk = _Walk(call, do_bthv, scale, exact, reverse=True)
-        dstates, d_initial = walk.run(dv, _state(d_final_state_nhkv), want_initial)
+        dstates, d_initial = walk.run(dv, widened(d_final_state_nhkv), want_initial)
         walk.finish(dv, dstates)
         return _gradients(call, scale, do_bthv, states, dstates, walk.flags, exact, dv, d_initial)
 
@@ -271,7 +271,7 @@ class _Walk:
             REVERSE=self.reverse, MIDDLE=not self.exact, RANGE=call.range, FINE=call.fine, TILES=tiles, BK=call.walk_k,
             BV=call.walk_v, STAGES=config.walk_stages, **call.sizes,
         )  # fmt: skip
-        how = dict(num_warps=config.walk_warps, num_stages=config.walk_stages, **_registers(config.walk_registers))
+        how = dict(num_warps=config.walk_warps, num_stages=config.walk_stages, **at_most(config.walk_registers))
         launch(walk_kernel, (spans.count * call.heads, self.pieces[0], cdiv(self.pieces[1], tiles)), arguments, **how)
 
     def finish(self, out: Tensor, states: Tensor) -> None:
@@ -290,7 +290,7 @@ class _Walk:
                 PIECE=call.walk_k, GROUP=group, BK=NARROWEST, BV=block_v, LOGC=call.log_chunk, **call.sizes,
             )  # fmt: skip
             grid = cdiv(call.chunks, group) * call.heads, cdiv(call.value_dim, block_v)
-            how = dict(num_warps=warps, num_stages=1, **_registers(registers))
+            how = dict(num_warps=warps, num_stages=1, **at_most(registers))
             launch(rows_kernel, grid, arguments, **how)
 
 
@@ -322,7 +322,7 @@ def _gradients(
             BK=block_k, BV=block_v, LOGC=call.log_chunk, **call.sizes,
         )  # fmt: skip
         grid = cdiv(call.chunks, group) * call.heads, cdiv(call.key_dim, block_k)
-        how = dict(num_warps=warps, num_stages=1, **_registers(registers))
+        how = dict(num_warps=warps, num_stages=1, **at_most(registers))
         launch(gradients_kernel, grid, arguments, **how)
     summed = {name: None if x is None else x.sum(dim=0).to(getattr(decay, name).dtype) for name, x in rows.items()}
     return Gradients(q=dq, k=dk, v=dv, x=dx, **summed, initial_state=d_initial)
@@ -337,15 +337,7 @@ def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
 
-def _state(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.to(torch.float32).contiguous()
-
-
 def _parameter(decay: DecaySource, name: str) -> Tensor | None:
     """A gain or offset in fp32; None where there is none or the formula has no use for it."""
     x = getattr(decay, name) if name in PARAMETERS[decay.kind] else None
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _registers(most: int | None) -> dict[str, int]:
-    return {} if most is None else {"maxnreg": most}
+    return widened(x)

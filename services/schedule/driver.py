@@ -16,7 +16,7 @@ from services.data.corpus import Corpus, prepare_corpus
 from services.schedule import cluster
 from services.schedule.jobs import data_record, data_spec
 from services.schedule.places import data_cache_root, study_storage, tracking_uri
-from services.schedule.run import OVER, Exit, Options, Run, spoilt
+from services.schedule.run import Exit, Options, Run, trials_to_run
 from services.study.fence import Fence, Fenced
 from services.study.file import Study, StudyError
 from services.study.lease import Heartbeat, take
@@ -38,12 +38,7 @@ def run_study(study: Study, options: Options) -> Exit:
     if old is not None:
         check_unchanged(old, plan)
     ledger = Ledger(storage)
-    states = ledger.states(trial.id for trial in plan.trials)
-    lost = spoilt(storage, plan, states)
-    over = {trial for trial, state in states.items() if state.state in OVER and trial not in lost}
-    if options.retry_quarantined:
-        over -= {trial for trial, state in states.items() if state.state == "quarantined"}
-    missing = [trial for trial in plan.trials if trial.id not in over]
+    missing = trials_to_run(storage, plan, ledger, options.retry_quarantined)
     storage.check_writable(plan.disk_bytes(missing))
     uri = tracking_uri(study)
     check_reachable(uri)

@@ -31,7 +31,7 @@ from services.study.manifest import Manifest, check_unchanged, drift, next_manif
 from services.study.outcome import check_steps, digest_of, result_file, result_of
 from services.study.plan import Plan, Trial
 from services.study.result import UnreadableResult
-from services.study.secrets import without_password
+from services.study.secrets import first_line, without_password
 from services.study.storage import Storage
 from services.track.courier import Courier
 from services.track.runs import MlflowException, Tracker, TrackingError
@@ -106,7 +106,7 @@ class Run:
                 courier.add(trial.id, trial.name, run_id, trial.recipe.steps)
                 runs[trial.id] = run_id
         except (MlflowException, OSError) as error:
-            raise TrackingError(f"tracking.uri {self._where} failed ({_first_line(error)}); mend it and run again") from error
+            raise TrackingError(f"tracking.uri {self._where} failed ({first_line(error)}); mend it and run again") from error
         faults.point("driver.runs")
         known = manifest.tracking.get("runs", {}) if manifest.tracking.get("uri") == self._where else {}
         self._untracked = {trial for trial, run in runs.items() if known.get(trial, run) != run}
@@ -130,9 +130,7 @@ class Run:
         return self._end(tracker, courier)
 
     def _missing(self) -> list[Trial]:
-        states = self.ledger.states(trial.id for trial in self.plan.trials)
-        lost = spoilt(self.storage, self.plan, states)
-        return [trial for trial in self.plan.trials if states[trial.id].state not in OVER or trial.id in lost]
+        return trials_to_run(self.storage, self.plan, self.ledger)
 
     def _note_changes(self, old: Manifest | None, new: Manifest) -> None:
         """Writes down what a person decided on the command line."""
@@ -219,7 +217,7 @@ class Run:
             self.options.say("interrupted; run again to go on")
         except Exception as error:  # Tune or Ray gave up: what workers wrote still counts, and no run may stay RUNNING
             log.debug("Tune", exc_info=True)
-            self.options.say(f"Ray ended the run ({_first_line(error)}); run again to go on")
+            self.options.say(f"Ray ended the run ({first_line(error)}); run again to go on")
         finally:
             stop.set()
             thread.join()
@@ -302,11 +300,20 @@ class Run:
         try:
             tracker.mark(tracker.parent, "FINISHED" if complete and tracked else "FAILED")
         except (MlflowException, OSError) as error:
-            log.warning("MLflow did not take the end of the study (%s); run again to send it", _first_line(error))
+            log.warning("MLflow did not take the end of the study (%s); run again to send it", first_line(error))
             tracked = False
         if complete and tracked:
             return Exit.COMPLETE
         return Exit.FAILED if any(state.state == "failed" for state in states.values()) else Exit.INCOMPLETE
+
+
+def trials_to_run(storage: Storage, plan: Plan, ledger: Ledger, retry_quarantined: bool = False) -> list[Trial]:
+    """The trials that a run starts: those that are not over, spoilt ones, and if wanted those that were set aside."""
+    states = ledger.states(trial.id for trial in plan.trials)
+    again = spoilt(storage, plan, states)
+    if retry_quarantined:
+        again |= {trial for trial, state in states.items() if state.state == "quarantined"}
+    return [trial for trial in plan.trials if states[trial.id].state not in OVER or trial.id in again]
 
 
 def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[str]:
@@ -326,10 +333,6 @@ def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[s
                 raise StudyError(f"{error} (it has no checkpoint to write it from)") from error
             found.add(trial.id)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
 
 
 def to_stderr(line: str) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]+@(?=[^/\s@]*)")
+_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
+_TOKEN = re.compile(r"(https?://)[^/\s:@]+@")
 
 
 def without_password(text: str) -> str:
-    """`text` with the password of every address in it (scheme://user:password@host) replaced by ***."""
-    return _PASSWORD.sub(r"\1:***@", text)
+    """`text` with the password of every address in it (scheme://user:password@host, http://token@host) replaced by ***."""
+    return _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name; without passwords."""
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0][:300])

@@ -15,7 +15,7 @@ from typing import Any
 
 from services.study import faults
 from services.study.result import TrialResult
-from services.study.secrets import without_password
+from services.study.secrets import first_line
 from services.study.storage import Storage
 from services.track.runs import MlflowException, Tracker
 
@@ -93,7 +93,7 @@ class Courier:
                 self._send(delivery)
             except (MlflowException, OSError) as error:
                 log.warning("MLflow did not take steps of %s (%s); training goes on, they are kept and sent later",
-                            delivery.name, _first_line(error))  # fmt: skip
+                            delivery.name, first_line(error))  # fmt: skip
                 self._retry_at = time.monotonic() + RETRY_S
                 taken = False
                 if not isinstance(error, MlflowException) or error.error_code in AWAY:
@@ -123,7 +123,7 @@ class Courier:
             self._tracker.mark(delivery.run_id, "FINISHED")
         except (MlflowException, OSError) as error:
             log.warning("MLflow did not take the result of %s (%s); it is kept and sent later, at the latest by the next run",
-                        delivery.name, _first_line(error))  # fmt: skip
+                        delivery.name, first_line(error))  # fmt: skip
             self._retry_at = time.monotonic() + RETRY_S
             return False
         return True
@@ -134,7 +134,7 @@ class Courier:
         try:
             self._tracker.mark(self._deliveries[trial].run_id, status)
         except (MlflowException, OSError) as error:
-            log.warning("MLflow did not take the end of %s (%s)", self._deliveries[trial].name, _first_line(error))
+            log.warning("MLflow did not take the end of %s (%s)", self._deliveries[trial].name, first_line(error))
 
     def _read(self, trial: str, delivery: Delivery) -> None:
         """Takes in the whole lines that are new. A log that was cut back to a checkpoint is read again from its start."""
@@ -212,7 +212,3 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _first_line(error: Exception) -> str:
-    return without_password((str(error).splitlines() or [type(error).__name__])[0][:200])
