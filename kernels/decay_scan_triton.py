@@ -11,7 +11,7 @@ Source: decay_scan_naive.py is the definition; the kernels are in triton_scalar.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -239,10 +239,11 @@ def _run(launchers, config, formula, want_state, want_saved, q, k, v, x, gain, o
 
 
 def _run_both(launchers, config, formula, want_state, want_saved, *tensors):
-    """The backward pass too, if something is kept for it, with a gradient that lies as v does."""
+    """The backward pass too, if something is kept for it, as the autograd function below runs it, with a gradient that lies
+    as v does."""
     _, _, saved = _run(launchers, config, formula, want_state, want_saved, *tensors)
     if want_saved:
-        _run_backward(launchers, config, formula, *tensors, saved, torch.empty_like(tensors[2]), None)
+        _run_backward(launchers, config, formula, True, *tensors, saved, torch.empty_like(tensors[2]), None)
 
 
 _forward = torch.library.custom_op("decay::decay_scan", _scan, mutates_args=())
@@ -266,17 +267,27 @@ def _scan_backward(
     exact: bool,
     policy: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launchers, config = _prepared(q, v, x, policy)
     formula = _Formula(kind, slope, scale, exact)
     tensors = (q, k, v, x, gain, offset, initial_state, cu_seqlens, saved if saved.numel() else None, do, d_state)
+    return _gradients(tensors, formula, policy, False)
+
+
+def _gradients(
+    tensors: Sequence[Tensor | None], formula: _Formula, policy: str, give_saved: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Those of the seven inputs, empty where there is none. give_saved: dq may be written over what was kept."""
+    q, _, v, x = tensors[:4]
+    assert q is not None and v is not None and x is not None
+    launchers, config = _prepared(q, v, x, policy)
+    function = partial(_run_backward, launchers, config, formula, give_saved)
     with on_device_of(q):
-        found = replayed(partial(_run_backward, launchers, config, formula), tensors, ("backward", config, *formula))
+        found = replayed(function, tensors, ("backward", config, *formula, give_saved))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)
     return dq, *others
 
 
 def _run_backward(
-    launchers, config, formula, q, k, v, x, gain, offset, initial_state, cu_seqlens, saved, do, d_state
+    launchers, config, formula, give_saved, q, k, v, x, gain, offset, initial_state, cu_seqlens, saved, do, d_state
 ) -> Gradients:  # fmt: skip
     source = formula.source(x, gain, offset)
     d_state = None if d_state is None else d_state.float().contiguous()
@@ -284,6 +295,8 @@ def _run_backward(
     if saved is None and config.policy != "recompute" and not source.vector:  # the vector launcher makes them itself
         saved = launchers.forward(*given, False, True, config, cu_seqlens)[2]
     how = _exactness(source, formula.exact)
+    if not source.vector:
+        how["give_saved"] = give_saved
     found: Gradients = launchers.backward(*given, saved, _side_by_side(do), d_state, config, cu_seqlens, **how)
     return found
 
@@ -314,11 +327,13 @@ def _remember(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # of the kept states it would be as large as they are
 
 
-def _differentiate(ctx, do, d_state, _, backward=_backward):
-    tensors = ctx.saved_tensors
-    formula = (ctx.kind, ctx.slope, ctx.scale, ctx.exact, ctx.policy)
+def _differentiate(ctx, do, d_state, _):
+    tensors, formula = ctx.saved_tensors, (ctx.kind, ctx.slope, ctx.scale, ctx.exact)
     do = torch.zeros_like(tensors[2]) if do is None else do
-    found = backward(*tensors, do, d_state if ctx.want_state else None, *formula)
+    return _asked(ctx, tensors, _backward(*tensors, do, d_state if ctx.want_state else None, *formula, ctx.policy))
+
+
+def _asked(ctx, tensors, found):
     # An empty tensor stands for None where an input has entries.
     needed = zip(ctx.needs_input_grad, tensors, found, strict=False)
     grads = [y if need and y.shape == x.shape else None for need, x, y in needed]
@@ -329,16 +344,24 @@ _forward.register_autograd(_differentiate, setup_context=_remember)
 
 
 class _Eager(torch.autograd.Function):
-    """The same outside of a compiler."""
+    """The same outside of a compiler, except that the kept states' memory is given away: where dq has taken it, a second
+    backward pass through the same graph makes the states again."""
 
     @staticmethod
     def forward(ctx, *inputs):
         output = _scan(*inputs)
         _remember(ctx, inputs, output)
         ctx.mark_non_differentiable(output[2])
+        ctx.overwritten = False
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, d_state, _):
-        return _differentiate(ctx, do, d_state, None, _scan_backward)
+        *tensors, saved = ctx.saved_tensors
+        there = saved if saved.numel() and not ctx.overwritten else None
+        do = torch.zeros_like(tensors[2]) if do is None else do
+        formula = _Formula(ctx.kind, ctx.slope, ctx.scale, ctx.exact)
+        found = _gradients((*tensors, there, do, d_state if ctx.want_state else None), formula, ctx.policy, True)
+        ctx.overwritten |= there is not None and found[0].data_ptr() == there.data_ptr()
+        return _asked(ctx, tensors, found)

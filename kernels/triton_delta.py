@@ -283,9 +283,7 @@ class _Call:
         with self.on_device:
             launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **at_most(registers))
 
-    def gradients(
-        self, do: Tensor, dr: Tensor, d_states: Tensor, d_initial: Tensor | None, saved: Saved
-    ) -> DeltaGradients:
+    def gradients(self, do: Tensor, dr: Tensor, d_states: Tensor, d_initial: Tensor | None, saved: Saved) -> DeltaGradients:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
         d_beta = self.new(*self.q.shape[:3])
         block_k = min(self.config.gradient_key_block, self.whole_k)

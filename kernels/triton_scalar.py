@@ -7,8 +7,9 @@ What is unusual:
 - λ is made in the kernels from what it is a function of (decay_source.py), and log λ is never in memory. Its gradient is, in
   fp32, and one small kernel takes that back through the formula.
 - Three backward passes. `states`: the forward pass keeps the state at each chunk's start and one walk in reverse gives all
-  gradients. `recompute`: nothing is kept, a walk forwards gives dq and one in reverse dk and dv. `split`, for states that are
-  too large for one program: a walk in reverse keeps the state's gradient dS as well, and then all chunks are done at once.
+  gradients; a caller who gives the kept states away gets dq in their place. `recompute`: nothing is kept, a walk forwards
+  gives dq and one in reverse dk and dv. `split`, for states that are too large for one program: a walk in reverse keeps the
+  state's gradient dS as well, and then all chunks are done at once.
 - dlog λ_t is the sum over the pairs of tokens j < t <= i, split into pairs inside the chunk, pairs with one end in it, and
   pairs around it, ⟨S, dS⟩. Nothing is summed along the whole sequence, so the error does not grow with T. Pairs inside
   are summed as q·dq - k·dk, where i = j cancels; for fp32 inputs pair by pair without i = j, which tells small λ from
@@ -94,9 +95,11 @@ def backward(
     d_final_state: Tensor | None,
     config: Config,
     cu_seqlens: Tensor | None = None,
+    give_saved: bool = False,
 ) -> Gradients:
     """Returns the gradients in the inputs' dtypes, that of the initial state in fp32.
 
+    give_saved: `saved` is needed no more; where `dq_fits` says so, dq is written over it, which saves memory of q's size.
     The configuration's policy and its tokens between kept states are those of the forward pass. A gain or an offset that the
     source's formula does not use has no gradient.
     """
@@ -110,7 +113,16 @@ def backward(
         raise ValueError(f"policy `{config.policy}`: the forward pass saved no states, or saved them for another chunk")
     inputs = {"q": q_bthk, "k": k_bthk, "v": v_bthv, "d": do_bthv}
     initial_state, d_final_state = widened(initial_state), widened(d_final_state)
+    if give_saved and saved is not None and dq_fits(q_bthk, v_bthv, config, cu_seqlens):
+        return _by_reverse_walk(scan, inputs, initial_state, None, d_final_state, config, saved.view(q_bthk.shape))
     return _POLICIES[config.policy](scan, inputs, initial_state, saved, d_final_state, config)
+
+
+def dq_fits(q_bthk: Tensor, v_bthv: Tensor, config: Config, cu_seqlens: Tensor | None = None) -> bool:
+    """Whether `backward` can write dq over the states: each has as many rows as its chunk tokens, and all chunks are full."""
+    widths = (config.kept_every, q_bthk.shape[3], v_bthv.shape[3], config.backward.block_k, config.backward.block_v)
+    whole = cu_seqlens is None and q_bthk.shape[1] % config.kept_every == 0
+    return config.policy == "states" and whole and len(set(widths)) == 1
 
 
 def saved_like(
@@ -121,15 +133,21 @@ def saved_like(
         return (0,), q_bthk.dtype
     batch, tokens, heads, key_dim = q_bthk.shape
     packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (slot_count(batch, tokens, packed, config.kept_every), heads, key_dim, v_bthv.shape[-1]), q_bthk.dtype
+    return (slot_count(batch, tokens, packed, config.kept_every), key_dim, heads, v_bthv.shape[-1]), q_bthk.dtype
 
 
 def _by_reverse_walk(
-    scan: _Scan, inputs: dict[str, Tensor], initial: Tensor | None, saved: Tensor | None, d_final: Tensor | None, config: Config
+    scan: _Scan,
+    inputs: dict[str, Tensor],
+    initial: Tensor | None,
+    saved: Tensor | None,
+    d_final: Tensor | None,
+    config: Config,
+    states_then_dq: Tensor | None = None,
 ) -> Gradients:
     launch = config.backward
     ends = scan.states_at_segments(launch, inputs["q"], inputs["d"], d_final, reverse=True)
-    outputs = scan.outputs(inputs, launch, initial)
+    outputs = scan.outputs(inputs, launch, initial, dq=states_then_dq)
     scan.run(reverse_kernel, launch, inputs, saved=saved, d_final=ends, **outputs)
     return scan.gradients(inputs, **outputs)
 
@@ -259,7 +277,8 @@ class _Scan:
         return self.new(self.sequences, *self.shape[2:], self.value_dim, dtype=torch.float32)
 
     def kept_shape(self, config: Config) -> tuple[int, ...]:
-        return (self.slots(config.kept_every), *self.shape[2:], self.value_dim)
+        _, _, heads, key_dim = self.shape
+        return (self.slots(config.kept_every), key_dim, heads, self.value_dim)
 
     def kept(self, config: Config) -> Tensor:
         return self.new(*self.kept_shape(config), dtype=self.dtype)
@@ -274,11 +293,14 @@ class _Scan:
         given = {"gain": self.source.gain, "offset": self.source.offset}
         return {name: widened(x) if name in used else None for name, x in given.items()}
 
-    def outputs(self, inputs: dict[str, Tensor], launch: Launch, initial: Tensor | None) -> dict[str, Tensor | None]:
-        """Room for what a backward pass leaves, a share for each slice of a state."""
+    def outputs(
+        self, inputs: dict[str, Tensor], launch: Launch, initial: Tensor | None, dq: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """Room for what a backward pass leaves, a share for each slice of a state; dq if it is there already."""
         slices_k, slices_v = self.slices(launch)
         parts = {"dq": ("q", slices_v), "dk": ("k", slices_v), "dv": ("v", slices_k)}
-        room: dict[str, Tensor | None] = {name: self.partial(inputs[like], n) for name, (like, n) in parts.items()}
+        room: dict[str, Tensor | None] = {} if dq is None else {"dq": dq}
+        room |= {name: self.partial(inputs[like], n) for name, (like, n) in parts.items() if name not in room}
         slices = slices_k * slices_v
         room["d_log"] = self.new(*((slices,) if slices > 1 else ()), *self.shape[:3], dtype=torch.float32)
         return {**room, "d_initial": None if initial is None else self.states()}

@@ -18,7 +18,7 @@ from kernels.triton_scalar_tiles import (
     decay_gradient,
     gate_parameters,
     get_decays,
-    get_state,
+    get_kept,
     get_tile,
     inside_pairs,
     locate_slot,
@@ -61,7 +61,7 @@ def chunk_kernel(
     row = (batch * tokens + own) * heads + head
     factor, shift = gate_parameters(gain, offset, head)
     left_own = left - later * CHUNK
-    kept = (slot.to(tl.int64) * heads + head) * (K * V)
+    kept = slot.to(tl.int64) * heads * (K * V) + head * V
     q_offsets = rows[:, None] * (q_t * ALIGN)
     k_offsets = rows[:, None] * (k_t * ALIGN)
     dc = get_tile(d_base, rows[:, None] * (d_t * ALIGN) + cv[None, :], rows, cv, left_own, V, BLOCK_V, LP)
@@ -96,7 +96,7 @@ def chunk_kernel(
         ck = tl.arange(0, BLOCK_K)
         qc = get_tile(q_base, q_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
         kc = get_tile(k_base, k_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
-        d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+        d_state = get_kept(ends + kept, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
         if EVERY == 2:
             key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
 
@@ -109,7 +109,7 @@ def chunk_kernel(
                 ck = piece * BLOCK_K + tl.arange(0, BLOCK_K)
                 qc = get_tile(q_base, q_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
                 kc = get_tile(k_base, k_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
-                d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+                d_state = get_kept(ends + kept, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
                 if EVERY == 2:
                     key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
             scores_t = tl.dot(kc, tl.trans(qc), scores_t, input_precision=PRECISION)
@@ -142,11 +142,11 @@ def chunk_kernel(
             ck = piece * BLOCK_K + tl.arange(0, BLOCK_K)
             qc = get_tile(q_base, q_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
             kc = get_tile(k_base, k_offsets + ck[None, :], rows, ck, left_own, K, BLOCK_K, LP)
-            d_state = get_state(ends + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+            d_state = get_kept(ends + kept, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
             if EVERY == 2:
                 key = get_tile(key_base, key_offsets + ck[None, :], rows, ck, left_other, K, BLOCK_K, LP)
         if not LATE:
-            state = get_state(starts + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+            state = get_kept(starts + kept, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
             around += tl.sum(state.to(tl.float32) * d_state, 1)
         if SPLIT:
             inside += inside_pairs(tl.dot(kc, tl.trans(qc), input_precision=PRECISION) * values_t, rows)
@@ -163,7 +163,7 @@ def chunk_kernel(
         put_tile(dk + row * K, columns, rows, ck, left_own, dk_c, K, BLOCK_K)
 
         if LATE:
-            state = get_state(starts + kept, ck, cv, K, V, BLOCK_K, BLOCK_V).to(LP)
+            state = get_kept(starts + kept, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
             around += tl.sum(state.to(tl.float32) * d_state, 1)
         dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
         if EVERY == 2 and later == 1:

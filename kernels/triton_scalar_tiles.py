@@ -113,6 +113,25 @@ def put_state(base, ck, cv, value, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
+def get_kept(base, ck, cv, heads, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A kept state of one head: rows of all heads lie side by side, as tokens' do."""
+    pointers = base + (ck[:, None] * (heads * V) + cv[None, :])
+    if K % BLOCK_K == 0 and V % BLOCK_V == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(ck[:, None] < K) & (cv[None, :] < V), other=0.0)
+
+
+@triton.jit
+def put_kept(base, ck, cv, heads, value, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    pointers = base + (ck[:, None] * (heads * V) + cv[None, :])
+    if K % BLOCK_K == 0 and V % BLOCK_V == 0:
+        tl.store(pointers, value)
+    else:
+        tl.store(pointers, value, mask=(ck[:, None] < K) & (cv[None, :] < V))
+
+
+@triton.jit
 def gate_parameters(gain, offset, head):
     """A head's gain and offset, 1 and 0 where there is none."""
     factor = tl.load(gain + head) if gain is not None else tl.full([], 1.0, tl.float32)

@@ -23,6 +23,7 @@ from kernels.triton_scalar_tiles import (
     get_tile,
     get_x,
     locate,
+    put_kept,
     put_state,
     put_tile,
     running,
@@ -90,13 +91,13 @@ def walk_kernel(
         to_end = tl.exp2((whole_total - whole) + (fraction_total - fraction))
         rounded = state.to(LP)
         if saved is not None:
-            saved_base = saved + ((slot + chunk // EVERY) * heads + head) * (K * V)
+            saved_base = saved + (slot + chunk // EVERY) * heads * (K * V) + head * V
             if EVERY == 1:
-                put_state(saved_base, ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
+                put_kept(saved_base, ck, cv, heads, rounded, K, V, BLOCK_K, BLOCK_V)
             else:
                 due = (chunk % EVERY == EVERY - 1) | (c == 0) if REVERSE else chunk % EVERY == 0
                 if due:
-                    put_state(saved_base, ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
+                    put_kept(saved_base, ck, cv, heads, rounded, K, V, BLOCK_K, BLOCK_V)
         if STAGES > 1:  # loaded ahead of time: waited for where they stand here, not sooner
             kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
             vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)

@@ -74,7 +74,8 @@ def test_all_kernels_of_a_call_and_its_backward_pass_are_known_before_it(case, m
         with collecting() as launched:
             o, _, kept = operators._scan(*given, *formula, states is not None, saved)
             if saved:
-                operators._scan_backward(*given, kept, torch.empty_like(o), None, *formula)
+                rest = kept, torch.empty_like(o), None
+                operators._gradients((*given, *rest), operators._Formula(*formula[:4]), formula[4], True)
     assert described(ahead) == described(launched) and len(launched) >= 1 + saved
     assert all(x.is_meta for launch in ahead for x in launch.arguments.values() if isinstance(x, torch.Tensor))
 

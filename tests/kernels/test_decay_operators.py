@@ -68,6 +68,7 @@ def test_operators_are_the_definition_in_value_and_every_gradient(case, found):
         "without gradients nothing is saved",
         "recomputing saves the inputs alone",
         "recomputing gives the same",
+        "a second backward pass gives the same bits",
         "no tokens and no batch give empty results and gradients",
         "a state can be handed over at any token",
         "decoding is the parallel form",
@@ -251,6 +252,15 @@ def main():
         os.environ["DECAY_KERNEL_POLICY"] = ""
         yield "recomputing saves the inputs alone", (saving > 0 and recomputing == 0) or [saving, recomputing]
         yield "recomputing gives the same", all(close(a, b) for a, b in zip(again, every, strict=True))
+
+        wide = tensors_of(granularity, "mild", length=64, k=32, v=32, state=True)  # where a scalar dq fits the states' place
+        given = [y.requires_grad_() for y in wide if y is not None]
+        o, end = scan(given[0], given[1], given[2], given[3], given[4], True)
+        passes = [torch.autograd.grad([o, end], given, [o, end], retain_graph=True) for _ in range(2)]
+        kept = o.grad_fn.saved_tensors[-1].data_ptr()
+        same = [torch.equal(a, b) for a, b in zip(*passes, strict=True)]
+        same += [(passes[0][0].data_ptr() == kept) == (not vector), passes[1][0].data_ptr() != kept]
+        yield "a second backward pass gives the same bits", all(same) or same
 
         shapes = []
         for batch, length in ((0, 5), (2, 0), (0, 0)):

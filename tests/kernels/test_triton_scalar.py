@@ -81,6 +81,11 @@ def cases():
         found |= {f"gate {gate}, float16, {policy}": {**half, "gate": gate, "policy": policy} for policy in ("states", "split")}
     found |= {f"bfloat16, {policy}": {"dtype": "bfloat16", "policy": policy} for policy in POLICIES}
     found["float32, recompute"] = {"policy": "recompute"}
+    place = {"policy": "states", "chunk": 32, "block": 32, "give": True, "gate": "mixed"}
+    found["dq in the states' place"] = {**place, "tokens": 96, "heads": 3, "batch": 2}
+    found["dq in the states' place, segments"] = {**place, "tokens": 256, "segment": 64, "heads": 2}
+    for name, case in {"a short chunk": {"tokens": 90}, "V unlike K": {"v": 16}, "packed": {"lengths": [32, 64]}}.items():
+        found[f"states given away, no room for dq: {name}"] = {**place, "tokens": 64, "no_room": True, **case}
     return {name: {**BASE, **case} for name, case in found.items()}
 
 
@@ -217,7 +222,11 @@ def kernel(case, tensors, scale, config):
     lengths = case.get("lengths")
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     o, final, saved = forward(q, k, v, source, scale, initial, True, True, config, bounds)
-    return [o, final, *backward(q, k, v, source, scale, initial, saved, do, d_final, config, bounds)]
+    found = backward(q, k, v, source, scale, initial, saved, do, d_final, config, bounds, case.get("give", False))
+    assert (saved is not None and found.q.data_ptr() == saved.data_ptr()) == (
+        case.get("give", False) and not case.get("no_room", False)
+    )
+    return [o, final, *found]
 
 
 def configured(case):
