@@ -5,7 +5,8 @@ and backward.
 
 What is unusual:
 - What a chunk's tokens do to each other does not depend on the state: `solve` inverts the triangular systems of all chunks at
-  once, a walk forwards carries the state, a walk in reverse its gradient, and `gradients` does all chunks at once again.
+  once (a second launch those few that fp16 has no range for), a walk forwards carries the state, a walk in reverse its
+  gradient, and `gradients` does all chunks at once again.
 - λ is made from what it is a function of by `solve` alone, which leaves running sums for the others.
 - The backward pass is given the solved systems, the state at each chunk's start and the error of each recall; with the policy
   `recompute` it makes them again.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ from torch import Tensor
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.launching import INTERPRETED, at_most, cdiv, launch, next_power_of_2, on_device_of, padded, strides, widened
 from kernels.triton_delta_gradients import gradients_kernel
-from kernels.triton_delta_solve import planes, solve_kernel
+from kernels.triton_delta_solve import planes, solve_kernel, solve_rest_kernel
 from kernels.triton_delta_walk import forward_kernel, reverse_kernel
 from kernels.triton_gate import KINDS
 from kernels.triton_scalar import slot_count
 from kernels.triton_scalar_gate import gate_kernel
 
+PROGRAMS = 1024  # enough to fill a device several times
+REST = 64  # chunks that a program of solve_rest_kernel looks at
 _TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -45,13 +48,14 @@ class DeltaConfig:
 
     chunk: tokens of a step of every kernel, a power of two. policy: "save" keeps what the backward pass wants, "recompute"
     makes it again. solve_…, forward_…, reverse_…, gradient_…: of the four kernels; warps, stages, most registers per thread,
-    the widest slice of V in a program of a walk, and the widest slices of K and V that a program of the gradients holds.
+    the widest slice of V in a program of a walk, the widest slices of K and V that a program of the gradients holds, and the
+    most chunks that it does one after the other, so that stages may load ahead.
     """
 
     chunk: int = 64
     policy: str = "save"
     solve_warps: int = 4
-    solve_registers: int | None = 168
+    solve_registers: int | None = 128
     forward_warps: int = 4
     forward_stages: int = 2
     forward_registers: int | None = None
@@ -61,6 +65,8 @@ class DeltaConfig:
     reverse_registers: int | None = None
     reverse_value_block: int = 64
     gradient_warps: int = 4
+    gradient_stages: int = 1
+    gradient_chunks: int = 1
     gradient_registers: int | None = None
     gradient_key_block: int = 64
     gradient_value_block: int = 128
@@ -98,11 +104,13 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DeltaCo
     """Returns configurations worth timing for these dims, the default first."""
     if dtype == torch.float32:
         return [DeltaConfig(chunk=32, forward_stages=1, reverse_stages=1)]
-    found = [DeltaConfig(), DeltaConfig(solve_registers=128), DeltaConfig(solve_registers=None)]
-    if padded(key_dim) == 64:
-        return [*found, DeltaConfig(forward_stages=3, reverse_stages=3), DeltaConfig(forward_stages=3)]
-    narrow = DeltaConfig(forward_value_block=32, reverse_value_block=32)
     shallow = DeltaConfig(forward_stages=1, reverse_stages=1)
+    if padded(key_dim) == 64 and padded(value_dim) == 64:
+        looped = DeltaConfig(gradient_stages=2, gradient_chunks=8)
+        others = [replace(looped, solve_registers=n) for n in (168, None)]
+        return [looped, *others, replace(looped, forward_stages=3, reverse_stages=3), DeltaConfig()]
+    found = [DeltaConfig(), DeltaConfig(solve_registers=168), DeltaConfig(solve_registers=None)]
+    narrow = DeltaConfig(forward_value_block=32, reverse_value_block=32)
     return [*found, narrow, shallow, *([DeltaConfig(gradient_value_block=64)] if padded(value_dim) > 64 else [])]
 
 
@@ -162,6 +170,11 @@ def backward(
     return call.gradients(do_bthv, dr, d_states, d_initial, saved)
 
 
+def inverse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of M: fp16 has more digits than bf16."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
 def saved_like(
     q_bthk: Tensor, v_bthv: Tensor, normalize_key: bool, config: DeltaConfig, cu_seqlens: Tensor | None = None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -172,8 +185,8 @@ def saved_like(
     chunk = config.chunk
     slots = slot_count(batch, tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk)
     return [
-        ((slots, heads, chunk, chunk), q_bthk.dtype),
-        ((slots, heads, planes(q_bthk.dtype == torch.float32, normalize_key), chunk), torch.float32),
+        ((slots, heads, chunk, chunk), inverse_dtype(q_bthk.dtype)),
+        ((slots, heads, planes(normalize_key), chunk), torch.float32),
         ((slots, heads, key_dim, v_bthv.shape[-1]), q_bthk.dtype),
         (tuple(v_bthv.shape), q_bthk.dtype),
     ]
@@ -207,7 +220,7 @@ class _Call:
         operand = tl.float32 if INTERPRETED and q.dtype == torch.bfloat16 else _TRITON_DTYPE[q.dtype]
         self.numbers: dict[str, Any] = {"LP": operand, "PRECISION": "tf32x3" if single else "tf32", "SPLIT": single}
         self.modes = {"NORM": normalize_key, "WRITE": beta_on_write}
-        self.numbers["PLANES"] = self.planes = planes(single, normalize_key)
+        self.numbers["PLANES"] = self.planes = planes(normalize_key)
         self.log2_scale = math.log2(scale)
 
     @property
@@ -231,7 +244,7 @@ class _Call:
     def solved(self, keep: bool) -> Saved:
         """The chunks' systems and gates; with `keep`, room for what the walk leaves."""
         chunk, dtype = self.config.chunk, self.q.dtype
-        inverse = self.new(self.slots, self.heads, chunk, chunk, dtype=dtype)
+        inverse = self.new(self.slots, self.heads, chunk, chunk, dtype=inverse_dtype(dtype))
         gates = self.new(self.slots, self.heads, self.planes, chunk)
         states = self.new(self.slots if keep else 0, self.heads, self.key_dim, self.value_dim, dtype=dtype)
         errors = self.new(*self.v.shape[: 4 if keep else 0], dtype=dtype)
@@ -244,9 +257,14 @@ class _Call:
             K=self.key_dim, BLOCK_K=min(128, self.whole_k), CHUNK=chunk, LEVELS=chunk.bit_length() - 1,
             KIND=0 if self.source is None else KINDS[self.source.kind], NORM=self.modes["NORM"], **self.numbers,
         )  # fmt: skip
+        places = self.slots * self.heads
+        unfit = None if self.numbers["LP"] == tl.float32 else self.new(places, dtype=torch.int32)
         with self.on_device:
             how = {"num_warps": self.config.solve_warps, **at_most(self.config.solve_registers)}
-            launch(solve_kernel, (self.slots * self.heads,), arguments, **how)
+            launch(solve_kernel, (places,), arguments | {"unfit": unfit}, **how)
+            if unfit is not None:
+                arguments |= {"unfit": unfit, "places": places, "COUNT": REST}
+                launch(solve_rest_kernel, (cdiv(places, REST),), arguments, num_warps=self.config.solve_warps)
         return Saved(inverse, gates, states, errors)
 
     def walk_forwards(self, o: Tensor | None, initial: Tensor | None, final: Tensor | None, saved: Saved) -> None:
@@ -288,20 +306,23 @@ class _Call:
         d_beta = self.new(*self.q.shape[:3])
         block_k = min(self.config.gradient_key_block, self.whole_k)
         slices = 1 if self.modes["NORM"] else cdiv(self.key_dim, block_k)
+        stages = self.config.gradient_stages
+        most = self.config.gradient_chunks if stages > 1 else 1
+        count = max(1, min(most, self.slots * self.heads * slices // PROGRAMS))
         d_log = None if self.source is None else self.new(slices, *self.q.shape[:3])
         inputs = {"q": self.q, "k": self.k, "v": self.v, "d": do}
         arguments = dict(
             **inputs, gates=saved.gates, errors=saved.errors, dr=dr, starts=saved.states, ends=d_states, cu=self.cu, dq=dq,
             dk=dk, dv=dv, d_beta=d_beta, d_log=d_log, log2_scale=self.log2_scale, tokens=self.tokens, batches=self.batch,
-            heads=self.heads,
+            heads=self.heads, slots=self.slots, count=count,
             sequences=self.sequences, search_steps=self.sequences.bit_length(), **self.rows(**inputs),
             K=self.key_dim, V=self.value_dim, BLOCK_K=block_k, BLOCK_V=min(self.config.gradient_value_block, self.whole_v),
-            APART=not self.modes["NORM"],
+            APART=not self.modes["NORM"], STAGES=stages,
             CHUNK=self.config.chunk, **self.numbers, **self.modes,
         )  # fmt: skip
         with self.on_device:
-            how = {"num_warps": self.config.gradient_warps, "num_stages": 1, **at_most(self.config.gradient_registers)}
-            launch(gradients_kernel, (self.slots * self.heads * slices,), arguments, **how)
+            how = {"num_warps": self.config.gradient_warps, "num_stages": stages, **at_most(self.config.gradient_registers)}
+            launch(gradients_kernel, (cdiv(self.slots, count) * self.heads * slices,), arguments, **how)
         return DeltaGradients(dq, dk, dv, d_beta.to(self.beta.dtype), **self.gate_gradients(d_log), initial_state=d_initial)
 
     def gate_gradients(self, d_log: Tensor | None) -> dict[str, Tensor | None]:

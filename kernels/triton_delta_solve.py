@@ -4,13 +4,17 @@ With K̃_ij = k_i·k_j Γ_ij for j < i (Γ_ij: λ's product over the tokens afte
 (I + β K̃) U = R, and what the walks want is M = K̃ (I + β K̃)^-1, of which (I + β K̃)^-1 = I − β M and (I + K̃ β)^-1 = I − M β.
 
 What is surprising:
-- M rather than the inverse is kept: its unit diagonal stays exact in 16 bits, and what uses M divides nothing by β.
+- M rather than the inverse is kept: the unit diagonal stays exact, and what uses M divides nothing by β.
 - Blocks are inverted in pairs, from single tokens up: between two halves M β is (I − M β) K̃ β (I − M β). No power of a matrix
   appears, so collinear keys with β near 2 make nothing large, and rounding stays relative to M's own entries. All of K̃ is
   multiplied and what lies between halves is taken, so that K̃ is an operand that never changes.
 - For 16-bit inputs the products are of fp16 operands, which have tf32's digits at half the cost, where no erasure expands
-  (β |k|² <= 2) and keys are not huge. Elsewhere a program takes tf32.
-- Gates are left for the other kernels in fp32, by chunk: running sums of log2 λ, β, and 1 / |k| where keys are normalized.
+  (β |k|² <= 2) and keys are not huge. Other chunks are marked, and done by a second kernel in tf32: a program that could do
+  both would hold the registers of both.
+- For 16-bit inputs M is kept as fp16, and products with it are taken in tf32, with as many digits: where keys repeat, M's
+  entries do, and their rounding adds up along a row. An M beyond fp16's range is divided by a factor.
+- Gates are left for the other kernels in fp32, by chunk: running sums of log2 λ, β, for fp32 inputs the sums' fractions and
+  else the factor, and 1 / |k| where keys are normalized.
 Source: the pairwise inversion is the textbook inverse of a block triangular matrix.
 """
 
@@ -21,42 +25,51 @@ import triton.language as tl
 
 from kernels.triton_scalar_tiles import between, gate_parameters, get_decays, get_tile, locate_slot, running
 
-WHOLE, BETA, FRACTION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # planes of the gates; 1 / |k| is the last
+WHOLE, BETA, OTHER, INVERSE_NORM = (tl.constexpr(n) for n in range(4))  # planes of the gates
 KEY_EPS = tl.constexpr(1e-5)
 RUNTIME = ["slope", "tokens", "heads", "sequences", "search_steps", "log2_scale"]
 STRIDES = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "x", "d", "beta") for axis in ("b", "t", "h")]
 
 
-def planes(split: bool, norm: bool) -> int:
+def planes(norm: bool) -> int:
     """How many numbers the gates have for a token."""
-    return 2 + split + norm
+    return 3 + norm
 
 
 @triton.jit
-def put_gates(gates, rows, whole, fraction, beta, inverse_norm, CHUNK: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr):
+def put_gates(gates, rows, whole, other, beta, inverse_norm, CHUNK: tl.constexpr, NORM: tl.constexpr):
     tl.store(gates + WHOLE * CHUNK + rows, whole)
     tl.store(gates + BETA * CHUNK + rows, beta)
-    if SPLIT:
-        tl.store(gates + FRACTION * CHUNK + rows, fraction)
+    tl.store(gates + OTHER * CHUNK + rows, other)
     if NORM:
-        tl.store(gates + (FRACTION + SPLIT) * CHUNK + rows, inverse_norm)
+        tl.store(gates + INVERSE_NORM * CHUNK + rows, inverse_norm)
 
 
 @triton.jit
 def get_gates(gates, rows, CHUNK: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr):
-    """Running sums of log2 λ as (whole, fraction), β, and 1 / |k| or 1."""
+    """Running sums of log2 λ as (whole, fraction), and 1 / |k| or 1."""
     whole = tl.load(gates + WHOLE * CHUNK + rows)
-    beta = tl.load(gates + BETA * CHUNK + rows)
-    fraction = tl.load(gates + FRACTION * CHUNK + rows) if SPLIT else tl.zeros([CHUNK], tl.float32)
-    inverse_norm = tl.load(gates + (FRACTION + SPLIT) * CHUNK + rows) if NORM else tl.full([CHUNK], 1.0, tl.float32)
-    return whole, fraction, beta, inverse_norm
+    fraction = tl.load(gates + OTHER * CHUNK + rows) if SPLIT else tl.zeros([CHUNK], tl.float32)
+    inverse_norm = tl.load(gates + INVERSE_NORM * CHUNK + rows) if NORM else tl.full([CHUNK], 1.0, tl.float32)
+    return whole, fraction, inverse_norm
+
+
+@triton.jit
+def get_beta(gates, rows, CHUNK: tl.constexpr):
+    return tl.load(gates + BETA * CHUNK + rows)
+
+
+@triton.jit
+def get_factor(gates, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
+    """What M of a chunk has been divided by."""
+    return 1.0 if SPLIT else tl.load(gates + OTHER * CHUNK)
 
 
 @triton.jit
 def get_total(gates, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
     """log2 of λ's product over a chunk, as (whole, fraction)."""
     whole = tl.load(gates + WHOLE * CHUNK + CHUNK - 1)
-    fraction = tl.load(gates + FRACTION * CHUNK + CHUNK - 1) if SPLIT else 0.0
+    fraction = tl.load(gates + OTHER * CHUNK + CHUNK - 1) if SPLIT else 0.0
     return whole, fraction
 
 
@@ -70,13 +83,13 @@ def _merged(inverse, lower, rows, level, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def inverted(lower, beta, fits, rows, LEVELS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
-    """M from K̃, strictly lower triangular. fits: whether fp16 has the range."""
+def inverted(lower, beta, rows, LEVELS: tl.constexpr, LP: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """M from K̃, strictly lower triangular. HALF: by products of fp16 operands."""
     # M β is what is built; a β that is raised to here changes M by less than its rounding.
     beta = tl.maximum(beta, 1e-20 if LP == tl.float32 else 6e-5)
     lower *= -beta[None, :]
     inverse = tl.where((rows[:, None] ^ rows[None, :]) == 1, lower, 0.0)
-    if LP != tl.float32 and fits:
+    if HALF:
         operand = lower.to(tl.float16)
         for level in tl.static_range(1, LEVELS):
             inverse = _merged(inverse, operand, rows, level, PRECISION)
@@ -86,21 +99,28 @@ def inverted(lower, beta, fits, rows, LEVELS: tl.constexpr, LP: tl.constexpr, PR
     return inverse * (-1.0 / beta)[None, :]
 
 
+@triton.jit
+def inverted_either(lower, beta, fits, rows, LEVELS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
+    """The same by fp16 operands where fp16 has the range."""
+    if LP != tl.float32 and fits:
+        found = inverted(lower, beta, rows, LEVELS, LP, True, PRECISION)
+    else:
+        found = inverted(lower, beta, rows, LEVELS, LP, False, PRECISION)
+    return found
+
+
 # fmt: off
-@triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
-def solve_kernel(
-    k, x, beta, gain, offset, cu, inverse, gates,
+@triton.jit
+def _solve(
+    k, x, beta, gain, offset, cu, inverse, gates, slot, head,
     slope, tokens, heads, sequences, search_steps,
     k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr,
-    LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr,
+    LP: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
-    """inverse: (slots, H, CHUNK, CHUNK), M of each chunk; gates: (slots, H, PLANES, CHUNK). x None: no decay."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    slot = tl.program_id(0) // heads
+    """One chunk; returns whether fp16 has the range for it."""
     batch, start, left = locate_slot(cu, slot, sequences, search_steps, tokens, CHUNK)
-    if left <= 0:
-        return
     rows = tl.arange(0, CHUNK)
     k_base = k + (batch * k_b + start * k_t + head * k_h) * ALIGN
     products = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -123,10 +143,60 @@ def solve_kernel(
     if NORM:
         lower *= inverse_norm[:, None] * inverse_norm[None, :]
         squares *= inverse_norm * inverse_norm
-    fits = (tl.max(squares * betas, 0) <= 2.05) & (tl.max(squares, 0) <= 1024.0)
-    found = inverted(lower, betas, fits, rows, LEVELS, LP, PRECISION)
+    found = inverted(lower, betas, rows, LEVELS, LP, HALF, PRECISION)
     place = slot.to(tl.int64) * heads + head
     entries = place * (CHUNK * CHUNK) + rows[:, None] * CHUNK + rows[None, :]
+    other = fraction
+    if not SPLIT:
+        other = tl.full([CHUNK], 1.0, tl.float32)
+        if not HALF:
+            factor = tl.maximum(tl.max(tl.max(tl.abs(found), 1), 0) * 2.0**-15, 1.0)
+            found /= factor
+            other *= factor
     tl.store(inverse + entries, found.to(inverse.dtype.element_ty))
-    put_gates(gates + place * (PLANES * CHUNK), rows, whole, fraction, betas, inverse_norm, CHUNK, SPLIT, NORM)
+    put_gates(gates + place * (PLANES * CHUNK), rows, whole, other, betas, inverse_norm, CHUNK, NORM)
+    return (tl.max(squares * betas, 0) <= 2.05) & (tl.max(squares, 0) <= 1024.0)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
+def solve_kernel(
+    k, x, beta, gain, offset, cu, inverse, gates, unfit,
+    slope, tokens, heads, sequences, search_steps,
+    k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr,
+    LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr,
+):
+    """inverse: (slots, H, CHUNK, CHUNK), M of each chunk; gates: (slots, H, PLANES, CHUNK). x None: no decay.
+    unfit: (slots, H), which chunks fp16 has not the range for; None: products are not of fp16 operands."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    fits = _solve(
+        k, x, beta, gain, offset, cu, inverse, gates, tl.program_id(0) // heads, head,
+        slope, tokens, heads, sequences, search_steps, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+        K, BLOCK_K, CHUNK, LEVELS, KIND, ALIGN, LP, unfit is not None, PRECISION, SPLIT, NORM, PLANES,
+    )
+    if unfit is not None:
+        tl.store(unfit + tl.program_id(0), tl.where(fits, 0, 1))
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, "places", *STRIDES])
+def solve_rest_kernel(
+    k, x, beta, gain, offset, cu, inverse, gates, unfit,
+    slope, tokens, heads, sequences, search_steps, places,
+    k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr,
+    LP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """solve_kernel for the chunks that are marked in unfit, of COUNT places (slot · H + head) in a program."""
+    first = tl.program_id(0) * COUNT
+    own = first + tl.arange(0, COUNT)
+    if tl.max(tl.load(unfit + own, mask=own < places, other=0), 0) > 0:
+        for place in tl.range(first, tl.minimum(first + COUNT, places)):
+            if tl.load(unfit + place) > 0:
+                head = (place % heads).to(tl.int64)
+                _solve(
+                    k, x, beta, gain, offset, cu, inverse, gates, place // heads, head,
+                    slope, tokens, heads, sequences, search_steps, k_b, k_t, k_h, x_b, x_t, x_h, beta_b, beta_t, beta_h,
+                    K, BLOCK_K, CHUNK, LEVELS, KIND, ALIGN, LP, False, PRECISION, SPLIT, NORM, PLANES,
+                )
 # fmt: on

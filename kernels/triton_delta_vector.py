@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels.decay_source import DecaySource
 from kernels.launching import INTERPRETED, at_most, cdiv, launch, on_device_of, padded, strides, widened
-from kernels.triton_delta import DeltaGradients, Saved
+from kernels.triton_delta import DeltaGradients, Saved, inverse_dtype
 from kernels.triton_delta_vector_gradients import vector_gradients_kernel
 from kernels.triton_delta_vector_prepare import PLANES, prepare_kernel
 from kernels.triton_delta_vector_walk import vector_forward_kernel, vector_reverse_kernel
@@ -219,12 +219,15 @@ class _Call:
 
     def prepared(self) -> _Prepared:
         config, sizes = self.config, (self.slots, self.heads)
-        squares = (self.new(*sizes, config.chunk, config.chunk, dtype=self.kept) for _ in range(2))
+        kept = (inverse_dtype(self.q.dtype), self.kept)
+        squares = (self.new(*sizes, config.chunk, config.chunk, dtype=dtype) for dtype in kept)
         tiles = (self.new(*sizes, config.chunk, self.key_dim, dtype=self.kept) for _ in range(3))
         # No program of a packed call looks at a place that no chunk fills.
         empty = torch.empty if self.cu is None else torch.zeros
         flags = None if self.exact else empty(sizes, device=self.q.device, dtype=torch.int8)
-        found = _Prepared(*squares, *tiles, self.new(*sizes, 2, self.key_dim), self.new(*sizes, PLANES, config.chunk), flags)
+        found = _Prepared(
+            *squares, *tiles, self.new(*sizes, 2, self.key_dim), self.new(*sizes, PLANES.value, config.chunk), flags
+        )
         arguments = dict(
             q=self.q, k=self.k, beta=self.beta, **found._asdict(), **strides("beta", self.beta), **self.parts,
             BLOCK_K=min(config.prepare_key_block, self.whole_k), RANGE=self.range,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_delta_vector_prepare import PLANES
 from kernels.triton_delta_vector_walk import get_block
 from kernels.triton_scalar_tiles import locate_slot
 from kernels.triton_vector_gradients import _store_decay_gradient
@@ -49,7 +50,7 @@ def _inside(
 ):
     """U, −D, dO, P and N of a chunk, the latter two in fp32; dv and dβ leave with the first slice of K."""
     rows = tl.arange(0, CHUNK)
-    beta = tl.load(gates + place * (2 * CHUNK) + rows)
+    beta = tl.load(gates + place * (PLANES * CHUNK) + rows)
     error = load_tile(errors + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(tl.float32)
     drc = load_tile(dr + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(tl.float32)
     u = beta[:, None] * error
@@ -111,7 +112,7 @@ def _gentle_at(
     x += batch * x_b + start * x_t + head * x_h
     along = tl.zeros([CHUNK], tl.float32)
     if NORM:
-        inverse_norm = tl.load(gates + place * (2 * CHUNK) + CHUNK + rows)
+        inverse_norm = tl.load(gates + place * (PLANES * CHUNK) + CHUNK + rows)
     for piece in tl.range(0, SLICES, disable_licm=True):
         first_key = (slice_k + piece) * BLOCK_K
         ck = first_key + tl.arange(0, BLOCK_K)
@@ -193,7 +194,7 @@ def _exact_at(
     x += batch * x_b + start * x_t + head * x_h
     along = tl.zeros([CHUNK], tl.float32)
     if NORM:
-        inverse_norm = tl.load(gates + place * (2 * CHUNK) + CHUNK + rows)
+        inverse_norm = tl.load(gates + place * (PLANES * CHUNK) + CHUNK + rows)
     for first_key in tl.range(0, K, BLOCK_K):
         row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
         row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)

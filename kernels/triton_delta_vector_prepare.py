@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_delta_solve import KEY_EPS, inverted
+from kernels.triton_delta_solve import KEY_EPS, inverted_either
 from kernels.triton_scalar_tiles import locate_slot
 from kernels.triton_vector_tiles import (
     after,
@@ -33,7 +33,7 @@ from kernels.triton_vector_tiles import (
     up_to,
 )
 
-PLANES = 2  # of the gates: β, and 1 / |k| or 1
+PLANES = tl.constexpr(3)  # of the gates: β, 1 / |k| or 1, and what M has been divided by
 
 
 @triton.jit
@@ -120,13 +120,18 @@ def _prepare_at(
     store_tile(scores + square, CHUNK, 0, CHUNK, tl.where(up_to(CHUNK), pairs, 0.0), CHUNK, CHUNK, CHUNK)
     fits = (tl.max(squares * betas, 0) <= 2.05) & (tl.max(squares, 0) <= 1024.0)
     lower = tl.where(rows[:, None] > rows[None, :], lower, 0.0)
-    found = inverted(lower, betas, fits, rows, LEVELS, LP, PRECISION)
+    found = inverted_either(lower, betas, fits, rows, LEVELS, LP, PRECISION)
+    factor = 1.0
+    if inverse.dtype.element_ty == tl.float16:
+        factor = tl.maximum(tl.max(tl.max(tl.abs(found), 1), 0) * 2.0**-15, 1.0)
+        found /= factor
     store_tile(inverse + square, CHUNK, 0, CHUNK, found, CHUNK, CHUNK, CHUNK)
     if flags is not None:
         tl.store(flags + place, steep.to(tl.int8))
-    gates += place * (2 * CHUNK)
+    gates += place * (PLANES * CHUNK)
     tl.store(gates + rows, betas)
     tl.store(gates + CHUNK + rows, inverse_norm)
+    tl.store(gates + 2 * CHUNK + rows, tl.full([CHUNK], 1.0, tl.float32) * factor)
 
 
 @triton.jit(do_not_specialize=["slope", "scale", "tokens", "heads", "sequences", "search_steps", "slots"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_delta_vector_prepare import PLANES
 from kernels.triton_scalar_tiles import first_slot, get_state, get_tile, locate, put_state, put_tile
 
 
@@ -54,9 +55,10 @@ def vector_forward_kernel(
         left = count - c * CHUNK
         eraser = get_block(erasers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
         writer = get_block(writers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
-        mc = get_block(inverse + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, LP)
+        mc = get_block(inverse + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, tl.float32)
         value = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP).to(tl.float32)
-        beta = tl.load(gates + place * (2 * CHUNK) + rows)
+        beta = tl.load(gates + place * (PLANES * CHUNK) + rows)
+        factor = tl.load(gates + place * (PLANES * CHUNK) + 2 * CHUNK)
         edge = tl.exp2(tl.load(totals + place * (2 * K) + ck, mask=ck < K, other=0.0))[:, None]
         rest_of_total = tl.exp2(tl.load(totals + place * (2 * K) + K + ck, mask=ck < K, other=0.0))[:, None]
         state *= edge
@@ -64,8 +66,11 @@ def vector_forward_kernel(
         if states is not None:
             put_state(states + place * (K * V), ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
         recalled = tl.dot(eraser, rounded, input_precision=PRECISION)
-        rest = beta[:, None] * (value - recalled) if WRITE else value - beta[:, None] * recalled
-        recalled = tl.dot(mc, rest.to(LP), recalled, input_precision=PRECISION)
+        if WRITE:
+            rest = (beta * factor)[:, None] * (value - recalled)
+        else:
+            rest = factor * value - (beta * factor)[:, None] * recalled
+        recalled = tl.dot(mc, rest, recalled, input_precision=PRECISION)
         if WRITE:
             error = value - recalled
             u = (beta[:, None] * error).to(LP)
@@ -121,10 +126,11 @@ def vector_reverse_kernel(
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
         score = get_block(scores + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, LP)
         writer = get_block(writers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
-        mc = get_block(inverse + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, LP)
+        mc = get_block(inverse + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, tl.float32)
         qc = get_block(queries + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
         eraser = get_block(erasers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
-        beta = tl.load(gates + place * (2 * CHUNK) + rows)
+        beta = tl.load(gates + place * (PLANES * CHUNK) + rows)
+        factor = tl.load(gates + place * (PLANES * CHUNK) + 2 * CHUNK)
         edge = tl.exp2(tl.load(totals + place * (2 * K) + ck, mask=ck < K, other=0.0))[:, None]
         rest_of_total = tl.exp2(tl.load(totals + place * (2 * K) + K + ck, mask=ck < K, other=0.0))[:, None]
         state *= edge
@@ -132,7 +138,7 @@ def vector_reverse_kernel(
         put_state(d_states + place * (K * V), ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
         du = tl.dot(writer, rounded, input_precision=PRECISION)
         du = tl.dot(tl.trans(score), dc, du, input_precision=PRECISION)
-        du -= tl.dot(tl.trans(mc), (beta[:, None] * du).to(LP), input_precision=PRECISION)
+        du -= factor * tl.dot(tl.trans(mc), beta[:, None] * du, input_precision=PRECISION)
         put_tile(dr + out_base, out_offsets, rows, cv, left, du, V, BLOCK_V)
         state = tl.dot(tl.trans(qc), dc, state * rest_of_total, input_precision=PRECISION)
         state = tl.dot(tl.trans(eraser), (du * -beta[:, None]).to(LP), state, input_precision=PRECISION) * edge

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_delta_solve import RUNTIME, STRIDES, get_gates, get_total
+from kernels.triton_delta_solve import RUNTIME, STRIDES, get_beta, get_factor, get_gates, get_total
 from kernels.triton_scalar_tiles import between, first_slot, get_state, get_tile, locate, put_state, put_tile
 
 WALK_RUNTIME = [*RUNTIME, "batches", "segments", "length"]
@@ -66,14 +66,18 @@ def forward_kernel(
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     ahead, ahead_fraction = get_total(g_base, CHUNK, SPLIT)
+    factor_ahead = get_factor(g_base, CHUNK, SPLIT)
+    beta_ahead = get_beta(g_base, rows, CHUNK)
     for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - c * CHUNK
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        mc = tl.load(m_base + m_offsets).to(LP)
-        whole, fraction, beta, inverse_norm = get_gates(g_base, rows, CHUNK, SPLIT, NORM)
-        total, total_fraction = ahead, ahead_fraction
+        mc = tl.load(m_base + m_offsets).to(tl.float32)
+        whole, fraction, inverse_norm = get_gates(g_base, rows, CHUNK, SPLIT, NORM)
+        total, total_fraction, factor, beta = ahead, ahead_fraction, factor_ahead, beta_ahead
         g_base += tl.where(c + 1 < chunks, heads * (PLANES * CHUNK), 0)
         ahead, ahead_fraction = get_total(g_base, CHUNK, SPLIT)
+        factor_ahead = get_factor(g_base, CHUNK, SPLIT)
+        beta_ahead = get_beta(g_base, rows, CHUNK)
         from_start = tl.exp2(whole + fraction)
         to_end = tl.exp2((total - whole) + (total_fraction - fraction))
         rounded = state.to(LP)
@@ -82,8 +86,11 @@ def forward_kernel(
         recalled = tl.dot(kc, rounded, input_precision=PRECISION) * (from_start * inverse_norm)[:, None]
         value = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, tl.float32)
         v_base += CHUNK * v_t * ALIGN
-        rest = beta[:, None] * (value - recalled) if WRITE else value - beta[:, None] * recalled
-        recalled = tl.dot(mc, rest.to(LP), recalled, input_precision=PRECISION)
+        if WRITE:
+            rest = (beta * factor)[:, None] * (value - recalled)
+        else:
+            rest = factor * value - (beta * factor)[:, None] * recalled
+        recalled = tl.dot(mc, rest, recalled, input_precision=PRECISION)
         if WRITE:
             error = value - recalled
             u = beta[:, None] * error
@@ -150,16 +157,19 @@ def reverse_kernel(
     else:
         state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     ahead, ahead_fraction = get_total(g_base, CHUNK, SPLIT)
+    factor_ahead = get_factor(g_base, CHUNK, SPLIT)
     for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - (chunks - 1 - c) * CHUNK
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        mc = tl.load(m_base + m_offsets).to(LP)
-        whole, fraction, beta, inverse_norm = get_gates(g_base, rows, CHUNK, SPLIT, NORM)
-        total, total_fraction = ahead, ahead_fraction
+        mc = tl.load(m_base + m_offsets).to(tl.float32)
+        whole, fraction, inverse_norm = get_gates(g_base, rows, CHUNK, SPLIT, NORM)
+        beta = get_beta(g_base, rows, CHUNK)
+        total, total_fraction, factor = ahead, ahead_fraction, factor_ahead
         g_base -= tl.where(c + 1 < chunks, heads * (PLANES * CHUNK), 0)
         ahead, ahead_fraction = get_total(g_base, CHUNK, SPLIT)
+        factor_ahead = get_factor(g_base, CHUNK, SPLIT)
         from_start = tl.exp2(whole + fraction)
         to_end = tl.exp2((total - whole) + (total_fraction - fraction))
         rounded = state.to(LP)
@@ -170,7 +180,7 @@ def reverse_kernel(
         du = tl.dot(scores_t.to(LP), dc, du, input_precision=PRECISION)
         if NORM:
             du *= inverse_norm[:, None]
-        du -= tl.dot(tl.trans(mc), (beta[:, None] * du).to(LP), input_precision=PRECISION)
+        du -= factor * tl.dot(tl.trans(mc), beta[:, None] * du, input_precision=PRECISION)
         put_tile(dr_base, dr_offsets, rows, cv, left, du, V, BLOCK_V)
         dr_base -= CHUNK * heads * V
         state *= tl.exp2(total + total_fraction)
