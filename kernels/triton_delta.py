@@ -106,9 +106,9 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DeltaCo
         return [DeltaConfig(chunk=32, forward_stages=1, reverse_stages=1)]
     shallow = DeltaConfig(forward_stages=1, reverse_stages=1)
     if padded(key_dim) == 64 and padded(value_dim) == 64:
-        looped = DeltaConfig(gradient_stages=2, gradient_chunks=8)
-        others = [replace(looped, solve_registers=n) for n in (168, None)]
-        return [looped, *others, replace(looped, forward_stages=3, reverse_stages=3), DeltaConfig()]
+        deep = DeltaConfig(solve_registers=168, forward_stages=3, reverse_stages=3, gradient_stages=2, gradient_chunks=4)
+        others = [replace(deep, solve_registers=n) for n in (128, None)]
+        return [deep, *others, replace(deep, forward_stages=2), replace(deep, gradient_stages=1)]
     found = [DeltaConfig(), DeltaConfig(solve_registers=168), DeltaConfig(solve_registers=None)]
     narrow = DeltaConfig(forward_value_block=32, reverse_value_block=32)
     return [*found, narrow, shallow, *([DeltaConfig(gradient_value_block=64)] if padded(value_dim) > 64 else [])]

@@ -66,6 +66,17 @@ def get_factor(gates, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def times_inverse(m, x, summand, LP: tl.constexpr, PRECISION: tl.constexpr):
+    """M x + summand; of bf16 operands M is two, its digits being more than one has."""
+    high = m.to(LP)
+    summand = tl.dot(high, x.to(LP), summand, input_precision=PRECISION)
+    if LP == tl.bfloat16:
+        low = (m.to(tl.float32) - high.to(tl.float32)).to(LP)
+        summand = tl.dot(low, x.to(LP), summand, input_precision=PRECISION)
+    return summand
+
+
+@triton.jit
 def get_total(gates, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
     """log2 of λ's product over a chunk, as (whole, fraction)."""
     whole = tl.load(gates + WHOLE * CHUNK + CHUNK - 1)

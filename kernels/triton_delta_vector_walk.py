@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_delta_solve import times_inverse
 from kernels.triton_delta_vector_prepare import PLANES
 from kernels.triton_scalar_tiles import first_slot, get_state, get_tile, locate, put_state, put_tile
 
@@ -55,7 +56,7 @@ def vector_forward_kernel(
         left = count - c * CHUNK
         eraser = get_block(erasers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
         writer = get_block(writers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
-        mc = get_block(inverse + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, tl.float32)
+        mc = tl.load(inverse + place * (CHUNK * CHUNK) + rows[:, None] * CHUNK + rows[None, :])
         value = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP).to(tl.float32)
         beta = tl.load(gates + place * (PLANES * CHUNK) + rows)
         factor = tl.load(gates + place * (PLANES * CHUNK) + 2 * CHUNK)
@@ -70,7 +71,7 @@ def vector_forward_kernel(
             rest = (beta * factor)[:, None] * (value - recalled)
         else:
             rest = factor * value - (beta * factor)[:, None] * recalled
-        recalled = tl.dot(mc, rest, recalled, input_precision=PRECISION)
+        recalled = times_inverse(mc, rest, recalled, LP, PRECISION)
         if WRITE:
             error = value - recalled
             u = (beta[:, None] * error).to(LP)
@@ -126,7 +127,7 @@ def vector_reverse_kernel(
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
         score = get_block(scores + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, LP)
         writer = get_block(writers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
-        mc = get_block(inverse + place * (CHUNK * CHUNK), rows, rows, CHUNK, CHUNK, tl.float32)
+        mc = tl.load(inverse + place * (CHUNK * CHUNK) + rows[:, None] * CHUNK + rows[None, :])
         qc = get_block(queries + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
         eraser = get_block(erasers + place * (CHUNK * K), rows, ck, K, BLOCK_K, LP)
         beta = tl.load(gates + place * (PLANES * CHUNK) + rows)
@@ -138,7 +139,7 @@ def vector_reverse_kernel(
         put_state(d_states + place * (K * V), ck, cv, rounded, K, V, BLOCK_K, BLOCK_V)
         du = tl.dot(writer, rounded, input_precision=PRECISION)
         du = tl.dot(tl.trans(score), dc, du, input_precision=PRECISION)
-        du -= factor * tl.dot(tl.trans(mc), beta[:, None] * du, input_precision=PRECISION)
+        du = times_inverse(tl.trans(mc), (beta * -factor)[:, None] * du, du, LP, PRECISION)
         put_tile(dr + out_base, out_offsets, rows, cv, left, du, V, BLOCK_V)
         state = tl.dot(tl.trans(qc), dc, state * rest_of_total, input_precision=PRECISION)
         state = tl.dot(tl.trans(eraser), (du * -beta[:, None]).to(LP), state, input_precision=PRECISION) * edge

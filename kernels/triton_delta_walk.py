@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_delta_solve import RUNTIME, STRIDES, get_beta, get_factor, get_gates, get_total
+from kernels.triton_delta_solve import RUNTIME, STRIDES, get_beta, get_factor, get_gates, get_total, times_inverse
 from kernels.triton_scalar_tiles import between, first_slot, get_state, get_tile, locate, put_state, put_tile
 
 WALK_RUNTIME = [*RUNTIME, "batches", "segments", "length"]
@@ -71,7 +71,7 @@ def forward_kernel(
     for c in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         left = count - c * CHUNK
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
-        mc = tl.load(m_base + m_offsets).to(tl.float32)
+        mc = tl.load(m_base + m_offsets)
         whole, fraction, inverse_norm = get_gates(g_base, rows, CHUNK, SPLIT, NORM)
         total, total_fraction, factor, beta = ahead, ahead_fraction, factor_ahead, beta_ahead
         g_base += tl.where(c + 1 < chunks, heads * (PLANES * CHUNK), 0)
@@ -90,7 +90,7 @@ def forward_kernel(
             rest = (beta * factor)[:, None] * (value - recalled)
         else:
             rest = factor * value - (beta * factor)[:, None] * recalled
-        recalled = tl.dot(mc, rest, recalled, input_precision=PRECISION)
+        recalled = times_inverse(mc, rest, recalled, LP, PRECISION)
         if WRITE:
             error = value - recalled
             u = beta[:, None] * error
@@ -163,7 +163,7 @@ def reverse_kernel(
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         qc = get_tile(q_base, q_offsets, rows, ck, left, K, BLOCK_K, LP)
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        mc = tl.load(m_base + m_offsets).to(tl.float32)
+        mc = tl.load(m_base + m_offsets)
         whole, fraction, inverse_norm = get_gates(g_base, rows, CHUNK, SPLIT, NORM)
         beta = get_beta(g_base, rows, CHUNK)
         total, total_fraction, factor = ahead, ahead_fraction, factor_ahead
@@ -180,7 +180,7 @@ def reverse_kernel(
         du = tl.dot(scores_t.to(LP), dc, du, input_precision=PRECISION)
         if NORM:
             du *= inverse_norm[:, None]
-        du -= factor * tl.dot(tl.trans(mc), beta[:, None] * du, input_precision=PRECISION)
+        du = times_inverse(tl.trans(mc), (beta * -factor)[:, None] * du, du, LP, PRECISION)
         put_tile(dr_base, dr_offsets, rows, cv, left, du, V, BLOCK_V)
         dr_base -= CHUNK * heads * V
         state *= tl.exp2(total + total_fraction)

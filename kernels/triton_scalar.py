@@ -114,7 +114,7 @@ def backward(
     inputs = {"q": q_bthk, "k": k_bthk, "v": v_bthv, "d": do_bthv}
     initial_state, d_final_state = widened(initial_state), widened(d_final_state)
     if give_saved and saved is not None and dq_fits(q_bthk, v_bthv, config, cu_seqlens):
-        return _by_reverse_walk(scan, inputs, initial_state, None, d_final_state, config, saved.view(q_bthk.shape))
+        return _by_reverse_walk(scan, inputs, initial_state, saved, d_final_state, config, saved.view(q_bthk.shape))
     return _POLICIES[config.policy](scan, inputs, initial_state, saved, d_final_state, config)
 
 
@@ -143,11 +143,11 @@ def _by_reverse_walk(
     saved: Tensor | None,
     d_final: Tensor | None,
     config: Config,
-    states_then_dq: Tensor | None = None,
+    dq: Tensor | None = None,
 ) -> Gradients:
     launch = config.backward
     ends = scan.states_at_segments(launch, inputs["q"], inputs["d"], d_final, reverse=True)
-    outputs = scan.outputs(inputs, launch, initial, dq=states_then_dq)
+    outputs = scan.outputs(inputs, launch, initial, dq)
     scan.run(reverse_kernel, launch, inputs, saved=saved, d_final=ends, **outputs)
     return scan.gradients(inputs, **outputs)
 

@@ -103,7 +103,7 @@ def _split(forward: Launch, walk: Launch, backward: Launch, **others: int | str)
 
 def _narrow(width: int) -> list[Config]:
     """K and V up to 64: a state fits a program that has all else as well."""
-    forward, backward = Launch(chunk=64, warps=4, stages=3), Launch(chunk=64, warps=4, stages=1)
+    forward = backward = Launch(chunk=64, warps=4, stages=3)
     crowded = replace(forward, stages=2, registers=168)  # three programs on a multiprocessor
     return [
         Config(policy="states", forward=forward, backward=backward),

@@ -2,9 +2,8 @@
 
 Every input is read once, with the state that the forward pass kept at each chunk's start; dS stays on the chip. Where K or V
 takes several programs, each adds its share: in fp32, summed afterwards in a fixed order.
-What is surprising: a state of as many rows as a chunk has tokens lies as the chunk's dq does. Where the caller gives the memory
-of the states away, dq is written over them, chunk by chunk (`saved` is None, dq holds the states): no program reads another's,
-and a chunk's dq is made from products with the whole of its state, which is on the chip by then.
+What is surprising: `saved` and dq may be one memory. A state of as many rows as its chunk has tokens lies as the chunk's dq
+does; no program reads another's, and dq is made from products with the whole state, which is on the chip by then.
 Source: the launches are in triton_scalar.py.
 """
 
@@ -66,9 +65,8 @@ def reverse_kernel(
     dv_offsets = rows[:, None] * (heads * V) + cv[None, :]
     span = (batch * segments + segment) * heads + head
     factor, shift = gate_parameters(gain, offset, head)
-    if saved is not None:
-        slot = first_slot(cu, batch, segment, start, tokens, CHUNK) + chunks - 1
-        saved_base = saved + slot * heads * (K * V) + head * V
+    slot = first_slot(cu, batch, segment, start, tokens, CHUNK) + chunks - 1
+    saved_base = saved + slot * heads * (K * V) + head * V
     if d_final is not None:
         d_state = get_state(d_final + span * (K * V), ck, cv, K, V, BLOCK_K, BLOCK_V)
     else:
@@ -80,10 +78,7 @@ def reverse_kernel(
         kc = get_tile(k_base, k_offsets, rows, ck, left, K, BLOCK_K, LP)
         vc = get_tile(v_base, v_offsets, rows, cv, left, V, BLOCK_V, LP)
         dc = get_tile(d_base, d_offsets, rows, cv, left, V, BLOCK_V, LP)
-        if saved is not None:
-            state = get_kept(saved_base, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
-        else:
-            state = tl.load(dq_base + dk_offsets).to(LP)
+        state = get_kept(saved_base, ck, cv, heads, K, V, BLOCK_K, BLOCK_V).to(LP)
         log2 = get_decays(x_base, rows * x_t, rows, left, factor, shift, slope, KIND)
         whole, fraction, whole_total, fraction_total = running(log2, SPLIT)
         from_start = tl.exp2(whole + fraction + log2_scale)
@@ -133,8 +128,7 @@ def reverse_kernel(
         dk_base -= CHUNK * heads * K
         dv_base -= CHUNK * heads * V
         d_log_base -= CHUNK * heads
-        if saved is not None:
-            saved_base -= heads * (K * V)
+        saved_base -= heads * (K * V)
     if d_initial is not None:
         if cu is not None:
             put_state(d_initial + span * (K * V), ck, cv, d_state, K, V, BLOCK_K, BLOCK_V)
