@@ -1,23 +1,28 @@
 """The delta scan on a GPU, as torch operators: what autograd, torch.compile and CUDA graphs see of the Triton kernels.
 
 What is unusual: as in decay_scan_triton.py the operators are opaque to a compiler, outside of which the same functions go
-through an autograd function; what the backward pass wants back is four outputs of the forward operator, empty where no gradient
-is wanted and with DECAY_KERNEL_POLICY=recompute; configurations come from tuned.py's table, else from the launchers; and one
-token without gradients is a kernel of its own (delta_step_triton.py).
+through an autograd function and, from a shape's third call on, are done from a list; what the backward pass wants back is
+four outputs of the forward operator, empty where no gradient is wanted and with DECAY_KERNEL_POLICY=recompute; configurations
+come from tuned.py's table, else from the launchers; and one token without gradients is a kernel of its own
+(delta_step_triton.py).
 Source: delta_scan_naive.py is the definition; the kernels are in triton_delta.py and triton_delta_vector.py.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.compile_ahead import compile_ahead
 from kernels.decay_scan_triton import _side_by_side, _traced, absence, architecture_of, choose, policy, refusal
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_step_triton import delta_step_triton
+from kernels.launching import on_device_of
+from kernels.replay import like, replayed
 from kernels.scan_arguments import check_delta_scan
 from kernels.triton_delta import DeltaConfig, DeltaGradients, Saved
 from kernels.triton_delta import backward as scalar_backward
@@ -105,6 +110,7 @@ class _Launchers(NamedTuple):
     config: type
 
 
+_compiled: set[tuple[Any, ...]] = set()  # calls whose kernels have been compiled
 _LAUNCHERS = {
     "delta_scalar": _Launchers(scalar_forward, scalar_backward, scalar_saved_like, scalar_config, DeltaConfig),
     "delta_vector": _Launchers(vector_forward, vector_backward, vector_saved_like, vector_config, DeltaVectorConfig),
@@ -119,14 +125,23 @@ def _prepared(q: Tensor, v: Tensor, x: Tensor | None, asked: str) -> tuple[_Laun
     return _LAUNCHERS[granularity], config
 
 
-def _exactness(x: Tensor | None, exact: bool) -> dict[str, bool]:
-    """The kernels of a scalar decay are exact anyway."""
-    return {"exact": exact} if granularity_of(x) == "delta_vector" else {}
+class _Formula(NamedTuple):
+    """What a call is made with beside its tensors."""
 
+    kind: str
+    slope: float
+    scale: float
+    exact: bool
+    beta_on_write: bool
+    normalize_key: bool
 
-def _source(x: Tensor | None, gain: Tensor | None, offset: Tensor | None, kind: str, slope: float) -> DecaySource | None:
-    made = {"x": x, "gain": gain, "offset": offset, "kind": kind, "slope": slope}
-    return None if x is None else DecaySource(**made)  # type: ignore[arg-type]
+    def source(self, x: Tensor | None, gain: Tensor | None, offset: Tensor | None) -> DecaySource | None:
+        made = {"x": x, "gain": gain, "offset": offset, "kind": self.kind, "slope": self.slope}
+        return None if x is None else DecaySource(**made)  # type: ignore[arg-type]
+
+    def exactness(self, x: Tensor | None) -> dict[str, bool]:
+        """The kernels of a scalar decay are exact anyway."""
+        return {"exact": self.exact} if granularity_of(x) == "delta_vector" else {}
 
 
 def _scan(
@@ -150,10 +165,45 @@ def _scan(
     want_saved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launchers, config = _prepared(q, v, x, policy)
-    given = (q, k, v, beta, _source(x, gain, offset, kind, slope), scale, initial_state, want_state, want_saved)
-    o, state, saved = launchers.forward(*given, beta_on_write, normalize_key, config, cu_seqlens, **_exactness(x, exact))
-    inverse, gates, states, errors = (q.new_empty(0) for _ in range(4)) if saved is None else saved
-    return o, q.new_empty(0) if state is None else state, inverse, gates, states, errors
+    formula = _Formula(kind, slope, scale, exact, beta_on_write, normalize_key)
+    function = partial(_run, launchers, config, formula, want_state, want_saved)
+    tensors = (q, k, v, beta, x, gain, offset, initial_state, cu_seqlens)
+    with on_device_of(q):
+        found = replayed(function, tensors, ("delta forward", config, *formula, want_state, want_saved))
+    o, *others = (q.new_empty(0) if y is None else y for y in found)
+    return o, *others
+
+
+def _run(launchers, config, formula, want_state, want_saved, *tensors):
+    """What _scan returns, None for what is not wanted. Both passes are compiled at their first call."""
+    q, k, v, beta, x, gain, offset, initial_state, cu_seqlens = tensors
+    kernels = (q.device, q.dtype, q.shape[3], v.shape[3], beta.dtype, None if x is None else (x.dtype, x.dim()), config)
+    kernels += (
+        formula.kind,
+        formula.exact,
+        formula.beta_on_write,
+        formula.normalize_key,
+        gain is None,
+        offset is None,
+        initial_state is None,
+        cu_seqlens is None,
+        want_state,
+        want_saved,
+    )
+    if not q.is_meta and kernels not in _compiled:
+        _compiled.add(kernels)
+        compile_ahead(partial(_run_both, launchers, config, formula, want_state, want_saved, *map(like, tensors)))
+    given = (q, k, v, beta, formula.source(x, gain, offset), formula.scale, initial_state, want_state, want_saved)
+    given = (*given, formula.beta_on_write, formula.normalize_key, config, cu_seqlens)
+    o, state, saved = launchers.forward(*given, **formula.exactness(x))
+    return o, state, *([None] * 4 if saved is None else saved)
+
+
+def _run_both(launchers, config, formula, want_state, want_saved, *tensors):
+    """The backward pass too, if something is kept for it, with a gradient that lies as v does."""
+    _, _, *saved = _run(launchers, config, formula, want_state, want_saved, *tensors)
+    if want_saved:
+        _run_backward(launchers, config, formula, *tensors, *saved, torch.empty_like(tensors[2]), None)
 
 
 _forward = torch.library.custom_op("decay::delta_scan", _scan, mutates_args=())
@@ -184,13 +234,24 @@ def _scan_backward(
     policy: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launchers, config = _prepared(q, v, x, policy)
-    saved = Saved(inverse, gates, states, errors) if states.numel() else None
-    d_state = None if d_state is None else d_state.float().contiguous()
-    given = (q, k, v, beta, _source(x, gain, offset, kind, slope), scale, initial_state)
-    given = (*given, saved, _side_by_side(do), d_state, beta_on_write, normalize_key, config, cu_seqlens)
-    found = launchers.backward(*given, **_exactness(x, exact))
+    formula = _Formula(kind, slope, scale, exact, beta_on_write, normalize_key)
+    saved = [inverse, gates, states, errors] if states.numel() else [None] * 4
+    tensors = (q, k, v, beta, x, gain, offset, initial_state, cu_seqlens, *saved, do, d_state)
+    function = partial(_run_backward, launchers, config, formula)
+    with on_device_of(q):
+        found = replayed(function, tensors, ("delta backward", config, *formula))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)
     return dq, *others
+
+
+def _run_backward(launchers, config, formula, *tensors) -> DeltaGradients:
+    q, k, v, beta, x, gain, offset, initial_state, cu_seqlens, inverse, gates, states, errors, do, d_state = tensors
+    saved = None if states is None else Saved(inverse, gates, states, errors)
+    d_state = None if d_state is None else d_state.float().contiguous()
+    given = (q, k, v, beta, formula.source(x, gain, offset), formula.scale, initial_state, saved, _side_by_side(do), d_state)
+    given = (*given, formula.beta_on_write, formula.normalize_key, config, cu_seqlens)
+    found: DeltaGradients = launchers.backward(*given, **formula.exactness(x))
+    return found
 
 
 _backward = torch.library.custom_op("decay::delta_scan_backward", _scan_backward, mutates_args=())

@@ -11,6 +11,7 @@ import torch
 
 from decay_core import kernel_seam  # noqa: F401  makes kernels/ importable
 from kernels import decay_scan_triton as operators
+from kernels import delta_scan_triton as delta_operators
 from kernels.compile_ahead import compile_ahead
 from kernels.launching import collecting, launch
 from kernels.triton_scalar import default_config as scalar_config
@@ -78,6 +79,44 @@ def test_all_kernels_of_a_call_and_its_backward_pass_are_known_before_it(case, m
                 operators._gradients((*given, *rest), operators._Formula(*formula[:4]), formula[4], True)
     assert described(ahead) == described(launched) and len(launched) >= 1 + saved
     assert all(x.is_meta for launch in ahead for x in launch.arguments.values() if isinstance(x, torch.Tensor))
+
+
+DELTA = {
+    "no decay": {"dims": 0},
+    "scalar": {},
+    "scalar, wide, normalized keys": {"width": 128, "norm": True},
+    "vector": {"dims": 4},
+    "vector, packed": {"dims": 4, "cu": [0, 100, 101, 300]},
+    "vector, exact": {"dims": 4, "exact": True},
+    "evaluation": {"saved": False},
+}
+
+
+@pytest.mark.parametrize("case", DELTA.values(), ids=DELTA)
+def test_the_delta_rules_kernels_are_known_before_a_call(case, monkeypatch):
+    width, saved = case.get("width", 64), case.get("saved", True)
+    batch, tokens = (1, 300) if "cu" in case else (2, 70)
+    query, key, value = (torch.randn(batch, tokens, 3, width, dtype=torch.bfloat16) for _ in range(3))
+    beta = torch.rand(batch, tokens, 3)
+    x = {0: None, 3: -beta, 4: -query.square()}[case.get("dims", 3)]
+    cu = torch.tensor(case["cu"], dtype=torch.int32) if "cu" in case else None
+    given = query, key, value, beta, x, None, None, None, cu
+    formula = "log", 1.0, 1.0, case.get("exact", False), True, case.get("norm", False), ""
+    ahead = []
+
+    def listed(call):
+        with collecting() as planned:
+            call()
+        ahead.extend(planned)
+
+    monkeypatch.setattr(delta_operators, "compile_ahead", listed)
+    monkeypatch.setattr(delta_operators, "_compiled", set())
+    for _ in range(2):  # of a second call everything is known
+        with collecting() as launched:
+            o, _, *kept = delta_operators._scan(*given, *formula, False, saved)
+            if saved:
+                delta_operators._scan_backward(*given, *kept, torch.empty_like(o), None, *formula)
+    assert described(ahead) == described(launched) and len(launched) >= 2 + 2 * saved
 
 
 def test_lengths_and_batches_do_not_compile_anew(monkeypatch):

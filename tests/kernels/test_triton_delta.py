@@ -97,6 +97,7 @@ def test_kernels_are_the_definition_in_value_and_every_gradient(granularity, cas
         "decoding is the parallel form",
         "β = 0 with a write of 1 is the decay scan",
         "λ = 1 is the plain delta rule",
+        "a call done from its list gives the same bits",
         "memory layout does not matter",
         "two runs give equal bits",
     ],
@@ -122,6 +123,7 @@ def main():
 
     from decay_core import kernel_seam
     from kernels import delta_scan_triton as module
+    from kernels import replay
     from kernels.decay_scan_naive import decay_scan_naive
     from kernels.decay_source import DecaySource
     from kernels.delta_scan_naive import delta_scan_naive
@@ -304,6 +306,16 @@ def main():
         found = delta_scan_triton(q, k, v, beta, torch.zeros_like(x), True, state, True)
         wanted = delta_scan_triton(q, k, v, beta, None, True, state, True)
         yield "λ = 1 is the plain delta rule", all(close(a, b) for a, b in zip(found, wanted, strict=True))
+        same = []
+        for changes in ({"lengths": [1, 0, 17, 2]}, {"write": False, "norm": True, "tokens": 20}):
+            tensors, of, case = made(granularity, gate="softplus", **changes)
+            replay._lists.clear()
+            others = [y if y is None or i in (5, 6) else y.roll(1, dims=1) for i, y in enumerate(tensors)]
+            once, _, again = (outcome(delta_scan_triton, given, of, case) for given in (tensors, others, tensors))
+            same.append(sum(isinstance(x, replay._List) for x in replay._lists.values()) == 2)
+            same += [torch.equal(once[name], again[name]) for name in once]
+        yield "a call done from its list gives the same bits", all(same) or same
+
         strange = [y.transpose(1, 2).contiguous().transpose(1, 2) for y in (q, k, v, beta, x)]
         strange[0] = strange[0].repeat_interleave(2, dim=3)[..., ::2]
         o, _ = delta_scan_triton(*strange[:4], decay(strange[4]), True, state)
