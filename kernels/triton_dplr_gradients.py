@@ -1,0 +1,320 @@
+"""The gradients of general DPLR, for all chunks at once, from what the walks have kept.
+
+With S before and dS after a chunk, r and y as in triton_dplr_walk.py, dr = P_aᵀ do + y and dx = (I + M)ᵀ dr, there are four
+matrices of pairs, dP_a = do rᵀ and dP_k = do vᵀ with their diagonals, dL = dx rᵀ and dN = dx vᵀ without, and
+
+    dq: do Sᵀ + dP_a a + dP_k k      db: dx Sᵀ + dL a + dN k
+    da: r dSᵀ + dP_aᵀ q + dLᵀ b      dk: v dSᵀ + dP_kᵀ q + dNᵀ b
+
+each between factors of the decay. log λ_t has the sum of what passes over t: of q·dq from t on, of b·db after t, of a·da and
+k·dk up to t.
+
+What is surprising:
+- There are two versions of a chunk. The gentle one takes the tiles that were prepared, they and the states counted from the
+  chunk's middle, and makes what pairs give to da and dk transposed, so that a loaded tile stands on the left. The exact one, for
+  chunks that were flagged, merges halves level by level: the rows of the later half are readers, those of the earlier one
+  writers, and one symmetric product gives the gradients of both.
+- Slices of K go by themselves; each makes dx and the pairs again.
+Source: triton_dplr_prepare.py and triton_dplr_walk.py have what these are derivatives of.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton_delta_vector_gradients import _state_at
+from kernels.triton_delta_vector_walk import get_block
+from kernels.triton_gate import input_gradient
+from kernels.triton_scalar_tiles import locate_slot
+from kernels.triton_vector_tiles import (
+    after,
+    crossing,
+    decay_halves,
+    decay_sums,
+    from_on,
+    halves,
+    load_row,
+    load_tile,
+    log2_of,
+    mask_of,
+    merging,
+    operand,
+    store_tile,
+    sums,
+    up_to,
+)
+
+
+# fmt: off
+@triton.jit
+def _store_decay_gradient(
+    d_log, x, gain, offset, dx, d_gain, d_offset, slope, head, place, row, heads, left, first_key, x_t,
+    KIND: tl.constexpr, CHUNK: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """From the gradient of log λ to those of x and, summed over the chunk, of gain and offset. Loads x once more."""
+    tile_x = load_tile(x, x_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+    tile_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
+    tile_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
+    log2 = log2_of(tile_x, tile_gain, tile_offset, slope, first_key, left, KIND, CHUNK, K, BLOCK_K)
+    d_x, of_gain, of_offset = input_gradient(d_log, tile_x, tile_gain, tile_offset, slope, log2, KIND)
+    store_tile(dx + row * K, heads * K, first_key, left, d_x, CHUNK, K, BLOCK_K)
+    columns = first_key + tl.arange(0, BLOCK_K)
+    here = mask_of(first_key, left, CHUNK, K, BLOCK_K)
+    if d_gain is not None:
+        tl.store(d_gain + place * K + columns, tl.sum(tl.where(here, of_gain, 0.0), 0), mask=columns < K)
+    if d_offset is not None:
+        tl.store(d_offset + place * K + columns, tl.sum(tl.where(here, of_offset, 0.0), 0), mask=columns < K)
+
+
+@triton.jit
+def _inside(
+    v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """do, dx, r and v of a chunk."""
+    rows = tl.arange(0, CHUNK)
+    square = place * (CHUNK * CHUNK)
+    score = get_block(scores + square, rows, rows, CHUNK, CHUNK, LP)
+    m = get_block(inverse + square, rows, rows, CHUNK, CHUNK, LP)
+    dc = load_tile(d + batch * d_b + start * d_t + head * d_h, d_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    dr = load_tile(d_reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(tl.float32)
+    dr = tl.dot(tl.trans(score), dc, dr, input_precision=PRECISION)
+    dr = tl.dot(tl.trans(m), dr.to(LP), dr, input_precision=PRECISION)
+    read = load_tile(reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    value = load_tile(v + batch * v_b + start * v_t + head * v_h, v_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    return dc, dr.to(LP), read, value
+
+
+@triton.jit
+def _gentle_at(
+    v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends,
+    dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left, slice_k,
+    v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
+    ONE_HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    rows = tl.arange(0, CHUNK)
+    earlier = rows[:, None] > rows[None, :]
+    row = (batch * tokens + start) * heads + head
+    first_key = slice_k * BLOCK_K
+    ck = first_key + tl.arange(0, BLOCK_K)
+    tile = place * (CHUNK * K)
+    dc, d_read, read, value = _inside(
+        v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
+        V, BLOCK_V, CHUNK, LP, PRECISION,
+    )
+    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
+    writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
+    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
+    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
+
+    x += batch * x_b + start * x_t + head * x_h
+    row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
+    row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
+    tile_x = load_tile(x, x_t, first_key, left, CHUNK, K, BLOCK_K)
+    log2 = log2_of(tile_x, row_gain, row_offset, slope, first_key, left, KIND, CHUNK, K, BLOCK_K)
+    high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
+    since_middle = decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP) - 0.5 * tl.sum(log2, 0)[None, :]
+
+    read_a = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
+    read_k = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
+    found = tl.dot(read_a, writer_a, found, input_precision=PRECISION)
+    found = tl.dot(read_k, writer_k, found, input_precision=PRECISION)
+    store_tile(dq + row * K, heads * K, first_key, left, found * (tl.exp2(since_middle) * scale), CHUNK, K, BLOCK_K)
+    gained = query.to(tl.float32) * found
+
+    solve_a = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
+    solve_k = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(d_read, tl.trans(state), input_precision=PRECISION)
+    found = tl.dot(solve_a, writer_a, found, input_precision=PRECISION)
+    found = tl.dot(solve_k, writer_k, found, input_precision=PRECISION)
+    store_tile(db + row * K, heads * K, first_key, left, found * tl.exp2(since_middle - log2), CHUNK, K, BLOCK_K)
+    # A token's own λ does not lie before its b: what is summed from the token on is taken off again.
+    found *= reader.to(tl.float32)
+    gained += found
+    high, low = halves(gained, LP)
+    d_log = sums(from_on(CHUNK), high, low, LP) - found
+
+    d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    d_log += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)[None, :]
+    early = tl.exp2(-since_middle)
+    # Pairs that pass over the chunk's end are summed as they are; gained is for those inside and over its start.
+    past = tl.dot(read, tl.trans(d_state), input_precision=PRECISION)
+    found_t = tl.dot(tl.trans(query), read_a, input_precision=PRECISION)
+    found_t = tl.dot(tl.trans(reader), solve_a, found_t, input_precision=PRECISION)
+    found = tl.trans(found_t)
+    store_tile(da + row * K, heads * K, first_key, left, (past + found) * early, CHUNK, K, BLOCK_K)
+    past *= writer_a.to(tl.float32)
+    gained = writer_a.to(tl.float32) * found
+
+    late = tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
+    found_t = tl.dot(tl.trans(query), read_k, input_precision=PRECISION)
+    found_t = tl.dot(tl.trans(reader), solve_k, found_t, input_precision=PRECISION)
+    found = tl.trans(found_t)
+    store_tile(dk + row * K, heads * K, first_key, left, (late + found) * early, CHUNK, K, BLOCK_K)
+    past += late * writer_k.to(tl.float32)
+    gained += writer_k.to(tl.float32) * found
+    if dx is not None:
+        high, low = halves(-gained, LP)
+        d_log += sums(from_on(CHUNK), high, low, LP)
+        d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
+        _store_decay_gradient(
+            d_log, x, gain, offset, dx, d_gain, d_offset, slope, head, place, row, heads, left, first_key, x_t,
+            KIND, CHUNK, K, BLOCK_K,
+        )
+
+
+@triton.jit
+def _exact_at(
+    q, k, a, b, v, x, gain, offset, d, scores, inverse, reads, d_reads, starts, ends,
+    dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left,
+    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    KIND: tl.constexpr, ONE_HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """What _gentle_at does for all slices of K, for any decay and from states at the chunk's edges. The gradient of log λ_t is
+    summed over the pairs that t lies between, and over no other that would have to cancel."""
+    rows = tl.arange(0, CHUNK)
+    earlier = rows[:, None] > rows[None, :]
+    same = rows[:, None] == rows[None, :]
+    row = (batch * tokens + start) * heads + head
+    dc, d_read, read, value = _inside(
+        v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
+        V, BLOCK_V, CHUNK, LP, PRECISION,
+    )
+    # Each with its transpose above the diagonal.
+    read_a = tl.dot(dc, tl.trans(read), input_precision=PRECISION)
+    own_a = tl.sum(tl.where(same, read_a, 0.0), 1)[:, None]
+    read_a = tl.where(earlier, read_a, tl.dot(read, tl.trans(dc), input_precision=PRECISION)).to(LP)
+    read_k = tl.dot(dc, tl.trans(value), input_precision=PRECISION)
+    own_k = tl.sum(tl.where(same, read_k, 0.0), 1)[:, None]
+    read_k = tl.where(earlier, read_k, tl.dot(value, tl.trans(dc), input_precision=PRECISION)).to(LP)
+    solve_a = tl.dot(d_read, tl.trans(read), input_precision=PRECISION)
+    solve_a = tl.where(earlier, solve_a, tl.dot(read, tl.trans(d_read), input_precision=PRECISION)).to(LP)
+    solve_k = tl.dot(d_read, tl.trans(value), input_precision=PRECISION)
+    solve_k = tl.where(earlier, solve_k, tl.dot(value, tl.trans(d_read), input_precision=PRECISION)).to(LP)
+    q += batch * q_b + start * q_t + head * q_h
+    k += batch * k_b + start * k_t + head * k_h
+    a += batch * a_b + start * a_t + head * a_h
+    b += batch * b_b + start * b_t + head * b_h
+    x += batch * x_b + start * x_t + head * x_h
+    for first_key in tl.range(0, K, BLOCK_K):
+        row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
+        row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
+        tile_x = load_tile(x, x_t, first_key, left, CHUNK, K, BLOCK_K)
+        log2 = log2_of(tile_x, row_gain, row_offset, slope, first_key, left, KIND, CHUNK, K, BLOCK_K)
+        high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
+        state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+        d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+        d_log = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        d_log += (tl.exp2(tl.sum(log2, 0)) * tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1))[None, :]
+        tile_q = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32) * scale
+        tile_k = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+        tile_a = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+        tile_b = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+        # through the state before the chunk and the state after it
+        dq_c = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
+        dq_c *= tl.exp2(decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP))
+        d_log = tl.dot(from_on(CHUNK).to(LP), (tile_q * dq_c).to(LP), d_log, input_precision=PRECISION)
+        db_c = tl.dot(d_read, tl.trans(state), input_precision=PRECISION)
+        db_c *= tl.exp2(decay_sums(earlier, high, low, ONE_HALF, LP))
+        d_log = tl.dot(after(CHUNK).to(LP), (tile_b * db_c).to(LP), d_log, input_precision=PRECISION)
+        late = tl.exp2(decay_sums(after(CHUNK), high, low, ONE_HALF, LP))
+        da_c = tl.dot(read, tl.trans(d_state), input_precision=PRECISION) * late
+        dk_c = tl.dot(value, tl.trans(d_state), input_precision=PRECISION) * late
+        past = (tile_a * da_c + tile_k * dk_c).to(LP)
+        d_log = tl.dot(earlier.to(LP), past, d_log, input_precision=PRECISION)
+        # a token with itself, between which and itself no λ lies
+        dq_c += own_a * tile_a + own_k * tile_k
+        da_c += own_a * tile_q
+        dk_c += own_k * tile_q
+        for level in range(0, LEVELS):
+            is_late, weights, apart = merging(level, CHUNK)
+            between = crossing(level, CHUNK)
+            fade = tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))
+            fade_b = tl.exp2(decay_sums(weights & (same == 0), high, low, ONE_HALF, LP))
+            both = operand(tl.where(is_late, tile_q, tile_a) * fade, LP, PRECISION)
+            found = tl.dot(tl.where(apart, read_a, tl.zeros_like(read_a)), both, input_precision=PRECISION)
+            gained = both.to(tl.float32) * found
+            found *= fade
+            dq_c += tl.where(is_late, found, 0.0)
+            da_c += tl.where(is_late, 0.0, found)
+            both = operand(tl.where(is_late, tile_q, tile_k) * fade, LP, PRECISION)
+            found = tl.dot(tl.where(apart, read_k, tl.zeros_like(read_k)), both, input_precision=PRECISION)
+            gained += both.to(tl.float32) * found
+            found *= fade
+            dq_c += tl.where(is_late, found, 0.0)
+            dk_c += tl.where(is_late, 0.0, found)
+            d_log = tl.dot(between.to(LP), gained.to(LP), d_log, input_precision=PRECISION)
+            both = operand(tl.where(is_late, tile_b, tile_a) * fade_b, LP, PRECISION)
+            found = tl.dot(tl.where(apart, solve_a, tl.zeros_like(solve_a)), both, input_precision=PRECISION)
+            gained = both.to(tl.float32) * found
+            found *= fade_b
+            db_c += tl.where(is_late, found, 0.0)
+            da_c += tl.where(is_late, 0.0, found)
+            both = operand(tl.where(is_late, tile_b, tile_k) * fade_b, LP, PRECISION)
+            found = tl.dot(tl.where(apart, solve_k, tl.zeros_like(solve_k)), both, input_precision=PRECISION)
+            gained += both.to(tl.float32) * found
+            found *= fade_b
+            db_c += tl.where(is_late, found, 0.0)
+            dk_c += tl.where(is_late, 0.0, found)
+            between = between & (same == 0)
+            d_log = tl.dot(between.to(LP), gained.to(LP), d_log, input_precision=PRECISION)
+        store_tile(dq + row * K, heads * K, first_key, left, dq_c * scale, CHUNK, K, BLOCK_K)
+        store_tile(dk + row * K, heads * K, first_key, left, dk_c, CHUNK, K, BLOCK_K)
+        store_tile(da + row * K, heads * K, first_key, left, da_c, CHUNK, K, BLOCK_K)
+        store_tile(db + row * K, heads * K, first_key, left, db_c, CHUNK, K, BLOCK_K)
+        if dx is not None:
+            _store_decay_gradient(
+                d_log, x, gain, offset, dx, d_gain, d_offset, slope, head, place, row, heads, left, first_key, x_t,
+                KIND, CHUNK, K, BLOCK_K,
+            )
+
+
+@triton.jit(do_not_specialize=["slope", "scale", "tokens", "heads", "sequences", "search_steps", "slots"])
+def gradients_kernel(
+    q, k, a, b, v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends, cu,
+    flags, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, sequences, search_steps, slots,
+    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    KIND: tl.constexpr, ONE_HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    AGAIN: tl.constexpr, GROUP: tl.constexpr,
+):
+    """BLOCK_V holds all of V. EXACT: every chunk, or with AGAIN those of a group of GROUP slots that are flagged; else those that
+    are not flagged, a program for each slice of K. dx, d_gain, d_offset may be None."""
+    SLICES: tl.constexpr = 1 if EXACT else (K + BLOCK_K - 1) // BLOCK_K
+    slice_k = tl.program_id(0) % SLICES
+    program = tl.program_id(0) // SLICES
+    head = (program % heads).to(tl.int64)
+    first = program // heads * GROUP
+    if EXACT:
+        for n in range(0, tl.minimum(GROUP, slots - first) if AGAIN else 1):
+            place = (first + n).to(tl.int64) * heads + head
+            batch, start, left = locate_slot(cu, first + n, sequences, search_steps, tokens, CHUNK)
+            wanted = left > 0
+            if AGAIN:
+                wanted = tl.load(flags + place) != 0
+            if wanted:
+                _exact_at(
+                    q, k, a, b, v, x, gain, offset, d, scores, inverse, reads, d_reads, starts, ends,
+                    dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left,
+                    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
+                    K, V, BLOCK_K, BLOCK_V, CHUNK, LEVELS, KIND, ONE_HALF, LP, PRECISION,
+                )
+    else:
+        place = first.to(tl.int64) * heads + head
+        batch, start, left = locate_slot(cu, first, sequences, search_steps, tokens, CHUNK)
+        if left <= 0:
+            return
+        if tl.load(flags + place) != 0:
+            return
+        _gentle_at(
+            v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends,
+            dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left, slice_k,
+            v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
+            K, V, BLOCK_K, BLOCK_V, CHUNK, KIND, ONE_HALF, LP, PRECISION,
+        )
+# fmt: on
