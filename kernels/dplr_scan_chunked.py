@@ -51,9 +51,7 @@ def dplr_scan_chunked(
     return o_bthv, state if output_final_state else None
 
 
-def _scan(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scan(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     length = q.shape[1]
     if length == 0:
         return no_outputs(q, k, v, a, b, log_decay), state

@@ -90,9 +90,7 @@ def no_outputs(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay:
     return (q * k * a * b * log_decay).sum(dim=-1, keepdim=True) * v
 
 
-def _scan(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scan(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     decay = log_decay.exp()
     outputs = []
     for t in range(q.shape[1]):

@@ -18,7 +18,7 @@ Source: dplr_scan_naive.py is the definition; triton_delta_vector.py is the case
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -95,8 +95,18 @@ def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> DplrConf
 def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DplrConfig]:
     """Returns configurations worth timing for these dims, the default first."""
     if dtype != torch.bfloat16:
-        return [DplrConfig(chunk=32, forward_stages=1, reverse_stages=1)]
-    return [DplrConfig()]
+        return [DplrConfig(chunk=16, forward_stages=1, reverse_stages=1, gradient_warps=8)]
+    shallow = DplrConfig(forward_stages=1, reverse_stages=1)
+    if padded(key_dim) > 128:  # two chunks' tiles do not fit a processor's shared memory
+        return [shallow, replace(shallow, gradient_warps=8)]
+    return [
+        DplrConfig(),
+        shallow,
+        DplrConfig(chunk=32),
+        DplrConfig(gradient_warps=8),
+        DplrConfig(prepare_warps=8),
+        *([DplrConfig(forward_stages=3, reverse_stages=3)] if padded(key_dim) == 64 else []),
+    ]
 
 
 class _Prepared(NamedTuple):
@@ -332,7 +342,5 @@ class _Call:
         )  # fmt: skip
         slices = cdiv(self.key_dim, arguments["BLOCK_K"])
         self.all_chunks(gradients_kernel, arguments, self.config.gradient_warps, self.config.gradient_registers, slices)
-        summed = {
-            name: None if y is None else y.sum(dim=0).to(getattr(self.source, name).dtype) for name, y in rows.items()
-        }
+        summed = {name: None if y is None else y.sum(dim=0).to(getattr(self.source, name).dtype) for name, y in rows.items()}
         return DplrGradients(dq, dk, dv, da, db, dx, **summed, initial_state=d_initial)

@@ -11,7 +11,7 @@ k·dk up to t.
 
 What is surprising:
 - There are two versions of a chunk. The gentle one takes the tiles that were prepared, they and the states counted from the
-  chunk's middle, and makes what pairs give to da and dk transposed, so that a loaded tile stands on the left. The exact one, for
+  chunk's middle; it makes pairs and products twice rather than hold them, and no made tile is transposed. The exact one, for
   chunks that were flagged, merges halves level by level: the rows of the later half are readers, those of the earlier one
   writers, and one symmetric product gives the gradients of both.
 - Slices of K go by themselves; each makes dx and the pairs again.
@@ -107,9 +107,6 @@ def _gentle_at(
     state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
     writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
     writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
-    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
-    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
-
     x += batch * x_b + start * x_t + head * x_h
     row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
     row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
@@ -118,49 +115,56 @@ def _gentle_at(
     high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
     since_middle = decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP) - 0.5 * tl.sum(log2, 0)[None, :]
 
-    read_a = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
-    read_k = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
-    found = tl.dot(read_a, writer_a, found, input_precision=PRECISION)
-    found = tl.dot(read_k, writer_k, found, input_precision=PRECISION)
-    store_tile(dq + row * K, heads * K, first_key, left, found * (tl.exp2(since_middle) * scale), CHUNK, K, BLOCK_K)
-    gained = query.to(tl.float32) * found
-
-    solve_a = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
-    solve_k = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(d_read, tl.trans(state), input_precision=PRECISION)
-    found = tl.dot(solve_a, writer_a, found, input_precision=PRECISION)
-    found = tl.dot(solve_k, writer_k, found, input_precision=PRECISION)
+    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, writer_a, input_precision=PRECISION)
+    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, writer_k, found, input_precision=PRECISION)
+    found = tl.dot(d_read, tl.trans(state), found, input_precision=PRECISION)
     store_tile(db + row * K, heads * K, first_key, left, found * tl.exp2(since_middle - log2), CHUNK, K, BLOCK_K)
     # A token's own λ does not lie before its b: what is summed from the token on is taken off again.
-    found *= reader.to(tl.float32)
-    gained += found
-    high, low = halves(gained, LP)
-    d_log = sums(from_on(CHUNK), high, low, LP) - found
+    gained = get_block(readers + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32) * found
+    d_log = -gained
 
+    pairs = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, writer_a, input_precision=PRECISION)
+    pairs = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, writer_k, found, input_precision=PRECISION)
+    found = tl.dot(dc, tl.trans(state), found, input_precision=PRECISION)
+    store_tile(dq + row * K, heads * K, first_key, left, found * (tl.exp2(since_middle) * scale), CHUNK, K, BLOCK_K)
+    gained += get_block(queries + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32) * found
+
+    # What was loaded is loaded again where it is not an operand still.
+    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
     d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
     d_log += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)[None, :]
-    early = tl.exp2(-since_middle)
+    fade = tl.exp2(-since_middle)
+    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
+    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
+    writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
     # Pairs that pass over the chunk's end are summed as they are; gained is for those inside and over its start.
-    past = tl.dot(read, tl.trans(d_state), input_precision=PRECISION)
-    found_t = tl.dot(tl.trans(query), read_a, input_precision=PRECISION)
-    found_t = tl.dot(tl.trans(reader), solve_a, found_t, input_precision=PRECISION)
-    found = tl.trans(found_t)
-    store_tile(da + row * K, heads * K, first_key, left, (past + found) * early, CHUNK, K, BLOCK_K)
-    past *= writer_a.to(tl.float32)
-    gained = writer_a.to(tl.float32) * found
+    past = writer_a.to(tl.float32) * tl.dot(read, tl.trans(d_state), input_precision=PRECISION)
+    d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
+    pairs = tl.where(from_on(CHUNK), tl.dot(read, tl.trans(dc), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, query, input_precision=PRECISION)
+    pairs = tl.where(after(CHUNK), tl.dot(read, tl.trans(d_read), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, reader, found, input_precision=PRECISION)
+    gained -= writer_a.to(tl.float32) * found
+    found = tl.dot(read, tl.trans(d_state), found, input_precision=PRECISION)
+    store_tile(da + row * K, heads * K, first_key, left, found * fade, CHUNK, K, BLOCK_K)
 
-    late = tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
-    found_t = tl.dot(tl.trans(query), read_k, input_precision=PRECISION)
-    found_t = tl.dot(tl.trans(reader), solve_k, found_t, input_precision=PRECISION)
-    found = tl.trans(found_t)
-    store_tile(dk + row * K, heads * K, first_key, left, (late + found) * early, CHUNK, K, BLOCK_K)
-    past += late * writer_k.to(tl.float32)
-    gained += writer_k.to(tl.float32) * found
+    writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
+    past = writer_k.to(tl.float32) * tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
+    d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
+    pairs = tl.where(from_on(CHUNK), tl.dot(value, tl.trans(dc), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, query, input_precision=PRECISION)
+    pairs = tl.where(after(CHUNK), tl.dot(value, tl.trans(d_read), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, reader, found, input_precision=PRECISION)
+    gained -= writer_k.to(tl.float32) * found
+    found = tl.dot(value, tl.trans(d_state), found, input_precision=PRECISION)
+    store_tile(dk + row * K, heads * K, first_key, left, found * fade, CHUNK, K, BLOCK_K)
     if dx is not None:
-        high, low = halves(-gained, LP)
+        high, low = halves(gained, LP)
         d_log += sums(from_on(CHUNK), high, low, LP)
-        d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
         _store_decay_gradient(
             d_log, x, gain, offset, dx, d_gain, d_offset, slope, head, place, row, heads, left, first_key, x_t,
             KIND, CHUNK, K, BLOCK_K,
@@ -276,15 +280,15 @@ def _exact_at(
 
 @triton.jit(do_not_specialize=["slope", "scale", "tokens", "heads", "sequences", "search_steps", "slots"])
 def gradients_kernel(
-    q, k, a, b, v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends, cu,
-    flags, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, sequences, search_steps, slots,
+    q, k, a, b, v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends,
+    cu, flags, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, sequences, search_steps, slots,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
     KIND: tl.constexpr, ONE_HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     AGAIN: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """BLOCK_V holds all of V. EXACT: every chunk, or with AGAIN those of a group of GROUP slots that are flagged; else those that
-    are not flagged, a program for each slice of K. dx, d_gain, d_offset may be None."""
+    """BLOCK_V holds all of V. EXACT: every chunk, or with AGAIN those of a group of GROUP slots that are flagged; else those
+    that are not flagged, a program for each slice of K. dx, d_gain, d_offset may be None."""
     SLICES: tl.constexpr = 1 if EXACT else (K + BLOCK_K - 1) // BLOCK_K
     slice_k = tl.program_id(0) % SLICES
     program = tl.program_id(0) // SLICES

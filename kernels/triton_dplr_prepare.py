@@ -1,4 +1,4 @@
-"""A general DPLR chunk as one linear map, for all chunks at once: from what its tokens do to each other, to what it does to a state.
+"""A chunk of general DPLR as one linear map, for all chunks at once: what its tokens do to each other, solved.
 
 With Γ_t a channel's decay up to token t, and `a` and `b` as in dplr_scan_naive.py, there are first
 
@@ -73,6 +73,20 @@ def inverted(lower, rows, LEVELS: tl.constexpr, HALF: tl.constexpr, PRECISION: t
 
 
 @triton.jit
+def _pairs(
+    left, right, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left · rightᵀ for two tiles of K columns that lie in memory."""
+    found = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first_key in tl.range(0, K, BLOCK_K):
+        ck = first_key + tl.arange(0, BLOCK_K)
+        late = get_block(left, rows, ck, K, BLOCK_K, LP)
+        early = get_block(right, rows, ck, K, BLOCK_K, LP)
+        found = tl.dot(late, tl.trans(early), found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
 def _applied(high, low, x, LP: tl.constexpr, PRECISION: tl.constexpr):
     """(I + M) x for M in two halves."""
     found = tl.dot(high, x, x.to(tl.float32), input_precision=PRECISION)
@@ -100,10 +114,11 @@ def _prepare_at(
     b += batch * b_b + start * b_t + head * b_h
     x += batch * x_b + start * x_t + head * x_h
     tile = place * (CHUNK * K)
-    read_a = tl.zeros([CHUNK, CHUNK], tl.float32)
-    read_k = tl.zeros([CHUNK, CHUNK], tl.float32)
-    solve_a = tl.zeros([CHUNK, CHUNK], tl.float32)
-    solve_k = tl.zeros([CHUNK, CHUNK], tl.float32)
+    if EXACT:
+        read_a = tl.zeros([CHUNK, CHUNK], tl.float32)
+        read_k = tl.zeros([CHUNK, CHUNK], tl.float32)
+        solve_a = tl.zeros([CHUNK, CHUNK], tl.float32)
+        solve_k = tl.zeros([CHUNK, CHUNK], tl.float32)
     steep = tl.full([], 0, tl.int1)
     for first_key in tl.range(0, K, BLOCK_K):
         row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
@@ -126,10 +141,6 @@ def _prepare_at(
             writer_k = operand(tile_k * early, LP, PRECISION)
             query = operand(tile_q * tl.exp2(since_middle), LP, PRECISION)
             reader = operand(tile_b * tl.exp2(since_middle - log2), LP, PRECISION)
-            read_a = tl.dot(query, tl.trans(writer_a), read_a, input_precision=PRECISION)
-            read_k = tl.dot(query, tl.trans(writer_k), read_k, input_precision=PRECISION)
-            solve_a = tl.dot(reader, tl.trans(writer_a), solve_a, input_precision=PRECISION)
-            solve_k = tl.dot(reader, tl.trans(writer_k), solve_k, input_precision=PRECISION)
             total = tl.zeros_like(half)
         else:
             same = rows[:, None] == rows[None, :]
@@ -165,30 +176,36 @@ def _prepare_at(
     square = place * (CHUNK * CHUNK)
     if flags is not None:
         tl.store(flags + place, steep.to(tl.int8))
-    read_a = tl.where(up_to(CHUNK), read_a, 0.0).to(LP)
-    store_tile(scores + square, CHUNK, 0, CHUNK, read_a, CHUNK, CHUNK, CHUNK)
-    read_k = tl.where(up_to(CHUNK), read_k, 0.0)
-    solve_k = tl.where(earlier, solve_k, 0.0)
+    tl.debug_barrier()
+    # The gentle pairs are made one matrix after another, from tiles that are read back: few live at a time.
+    if not EXACT:
+        solve_a = _pairs(readers + tile, writers_a + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
     found = inverted(tl.where(earlier, solve_a, 0.0), rows, LEVELS, HALF, PRECISION)
     store_tile(inverse + square, CHUNK, 0, CHUNK, found, CHUNK, CHUNK, CHUNK)
     high, low = halves(found, LP)
-    values, rest = halves(solve_k, LP)
+    if not EXACT:
+        solve_k = _pairs(readers + tile, writers_k + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+    values, rest = halves(tl.where(earlier, solve_k, 0.0), LP)
     reads = _applied(high, low, values, LP, PRECISION)
     if LP != tl.float32:
         reads = tl.dot(high, rest, reads + rest.to(tl.float32), input_precision=PRECISION)
     values = reads.to(LP)
     store_tile(value_reads + square, CHUNK, 0, CHUNK, values, CHUNK, CHUNK, CHUNK)
-    outputs = tl.dot(read_a, values, read_k, input_precision=PRECISION)
+    if not EXACT:
+        read_a = _pairs(queries + tile, writers_a + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+        read_k = _pairs(queries + tile, writers_k + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+    score = tl.where(up_to(CHUNK), read_a, 0.0).to(LP)
+    store_tile(scores + square, CHUNK, 0, CHUNK, score, CHUNK, CHUNK, CHUNK)
+    outputs = tl.dot(score, values, tl.where(up_to(CHUNK), read_k, 0.0), input_precision=PRECISION)
     store_tile(value_outputs + square, CHUNK, 0, CHUNK, outputs, CHUNK, CHUNK, CHUNK)
-    tl.debug_barrier()
     for first_key in tl.range(0, K, BLOCK_K):
         ck = first_key + tl.arange(0, BLOCK_K)
         reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
-        reads = _applied(high, low, reader, LP, PRECISION).to(LP)
-        store_tile(state_reads + tile, K, first_key, CHUNK, reads, CHUNK, K, BLOCK_K)
-        outputs = get_block(queries + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
-        outputs = tl.dot(read_a, reads, outputs, input_precision=PRECISION)
-        store_tile(state_outputs + tile, K, first_key, CHUNK, outputs, CHUNK, K, BLOCK_K)
+        of_state = _applied(high, low, reader, LP, PRECISION).to(LP)
+        store_tile(state_reads + tile, K, first_key, CHUNK, of_state, CHUNK, K, BLOCK_K)
+        query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
+        query = tl.dot(score, of_state, query, input_precision=PRECISION)
+        store_tile(state_outputs + tile, K, first_key, CHUNK, query, CHUNK, K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["slope", "scale", "tokens", "heads", "sequences", "search_steps", "slots"])
@@ -200,23 +217,30 @@ def prepare_kernel(
     ONE_HALF: tl.constexpr, HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     RANGE: tl.constexpr, AGAIN: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """Tiles of (slots, H, CHUNK, K): queries, readers, writers_a, writers_k, state_reads W, state_outputs Q; of (slots, H, CHUNK,
-    CHUNK): value_reads R, value_outputs O, scores P_a, inverse M; totals: (slots, H, 2, K), log2 of the decay from an edge to
-    where tiles are counted from, and of what else there is; flags, (slots, H): which chunks were too steep. AGAIN: of a group of
-    GROUP slots those alone."""
+    """Tiles of (slots, H, CHUNK, K): queries, readers, writers_a, writers_k, state_reads W, state_outputs Q; of (slots, H,
+    CHUNK, CHUNK): value_reads R, value_outputs O, scores P_a, inverse M; totals: (slots, H, 2, K), log2 of the decay from an
+    edge to where tiles are counted from, and of what else there is; flags, (slots, H): which chunks were too steep. AGAIN: of
+    a group of GROUP slots those alone."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     first = tl.program_id(0) // heads * GROUP
-    for n in range(0, tl.minimum(GROUP, slots - first) if AGAIN else 1):
-        slot = first + n
-        batch, start, left = locate_slot(cu, slot, sequences, search_steps, tokens, CHUNK)
-        wanted = left > 0
-        if AGAIN:
-            wanted = tl.load(flags + slot.to(tl.int64) * heads + head) != 0
-        if wanted:
-            _prepare_at(
-                q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, state_reads, state_outputs, value_reads,
-                value_outputs, scores, inverse, totals, None if AGAIN else flags, slope, scale, heads, head, slot, batch, start,
-                left, q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h,
-                K, BLOCK_K, CHUNK, LEVELS, KIND, ONE_HALF, HALF, LP, PRECISION, EXACT, RANGE,
-            )
+    if AGAIN:
+        for n in range(0, tl.minimum(GROUP, slots - first)):
+            if tl.load(flags + (first + n).to(tl.int64) * heads + head) != 0:
+                batch, start, left = locate_slot(cu, first + n, sequences, search_steps, tokens, CHUNK)
+                _prepare_at(
+                    q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, state_reads, state_outputs,
+                    value_reads, value_outputs, scores, inverse, totals, None, slope, scale, heads, head, first + n, batch, start, left,
+                    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h,
+                    K, BLOCK_K, CHUNK, LEVELS, KIND, ONE_HALF, HALF, LP, PRECISION, EXACT, RANGE,
+                )
+    else:
+        batch, start, left = locate_slot(cu, first, sequences, search_steps, tokens, CHUNK)
+        if left <= 0:
+            return
+        _prepare_at(
+            q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, state_reads, state_outputs, value_reads,
+            value_outputs, scores, inverse, totals, flags, slope, scale, heads, head, first, batch, start, left,
+            q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h,
+            K, BLOCK_K, CHUNK, LEVELS, KIND, ONE_HALF, HALF, LP, PRECISION, EXACT, RANGE,
+        )
 # fmt: on

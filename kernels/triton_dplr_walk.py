@@ -30,8 +30,8 @@ def _edges(totals, ck, K: tl.constexpr):
 # fmt: off
 @triton.jit(do_not_specialize=["tokens", "heads", "segments"])
 def forward_kernel(
-    state_reads, value_reads, state_outputs, value_outputs, writers_a, writers_k, totals, v, cu, initial, o, final, states, reads,
-    tokens, heads, segments, v_b, v_t, v_h,
+    state_reads, value_reads, state_outputs, value_outputs, writers_a, writers_k, totals, v, cu, initial, o, final, states,
+    reads, tokens, heads, segments, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     LP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -84,8 +84,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments"])
 def reverse_kernel(
-    state_reads, value_reads, state_outputs, value_outputs, writers_a, writers_k, totals, d, cu, d_final, dv, d_reads, d_initial,
-    d_states, tokens, heads, segments, d_b, d_t, d_h,
+    state_reads, value_reads, state_outputs, value_outputs, writers_a, writers_k, totals, d, cu, d_final, dv, d_reads,
+    d_initial, d_states, tokens, heads, segments, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     LP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
