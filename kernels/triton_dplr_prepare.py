@@ -229,8 +229,8 @@ def prepare_kernel(
                 batch, start, left = locate_slot(cu, first + n, sequences, search_steps, tokens, CHUNK)
                 _prepare_at(
                     q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, state_reads, state_outputs,
-                    value_reads, value_outputs, scores, inverse, totals, None, slope, scale, heads, head, first + n, batch, start, left,
-                    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h,
+                    value_reads, value_outputs, scores, inverse, totals, None, slope, scale, heads, head, first + n,
+                    batch, start, left, q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h,
                     K, BLOCK_K, CHUNK, LEVELS, KIND, ONE_HALF, HALF, LP, PRECISION, EXACT, RANGE,
                 )
     else:
