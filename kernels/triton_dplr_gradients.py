@@ -107,6 +107,11 @@ def _gentle_at(
     state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
     writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
     writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
+    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, writer_a, input_precision=PRECISION)
+    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
+    found = tl.dot(pairs, writer_k, found, input_precision=PRECISION)
+    found = tl.dot(d_read, tl.trans(state), found, input_precision=PRECISION)
     x += batch * x_b + start * x_t + head * x_h
     row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
     row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
@@ -114,12 +119,6 @@ def _gentle_at(
     log2 = log2_of(tile_x, row_gain, row_offset, slope, first_key, left, KIND, CHUNK, K, BLOCK_K)
     high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
     since_middle = decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP) - 0.5 * tl.sum(log2, 0)[None, :]
-
-    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, writer_a, input_precision=PRECISION)
-    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, writer_k, found, input_precision=PRECISION)
-    found = tl.dot(d_read, tl.trans(state), found, input_precision=PRECISION)
     store_tile(db + row * K, heads * K, first_key, left, found * tl.exp2(since_middle - log2), CHUNK, K, BLOCK_K)
     # A token's own λ does not lie before its b: what is summed from the token on is taken off again.
     gained = get_block(readers + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32) * found

@@ -128,22 +128,28 @@ def _prepare_at(
         high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
         total = tl.sum(log2, 0)
         since_start = decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP)
-        tile_q = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32) * scale
-        tile_b = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-        tile_a = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-        tile_k = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-        if not EXACT:
+        if not EXACT:  # one tile after another, so that few live at a time
             steep = steep | (tl.min(total, 0) < -2.0 * RANGE)
             half = total * 0.5
             since_middle = since_start - half[None, :]
-            early = tl.exp2(-since_middle)
-            writer_a = operand(tile_a * early, LP, PRECISION)
-            writer_k = operand(tile_k * early, LP, PRECISION)
-            query = operand(tile_q * tl.exp2(since_middle), LP, PRECISION)
-            reader = operand(tile_b * tl.exp2(since_middle - log2), LP, PRECISION)
+            fade = tl.exp2(since_middle)
+            part = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32) * scale
+            store_tile(queries + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
+            fade = tl.exp2(since_middle - log2)
+            part = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+            store_tile(readers + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
+            fade = tl.exp2(-since_middle)
+            part = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+            store_tile(writers_a + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
+            part = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+            store_tile(writers_k + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
             total = tl.zeros_like(half)
         else:
             same = rows[:, None] == rows[None, :]
+            tile_q = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32) * scale
+            tile_b = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+            tile_a = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+            tile_k = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
             read_a += tl.where(same, tl.sum(tile_q * tile_a, 1)[:, None], 0.0)
             read_k += tl.where(same, tl.sum(tile_q * tile_k, 1)[:, None], 0.0)
             for level in range(0, LEVELS):
@@ -165,11 +171,11 @@ def _prepare_at(
             query = operand(tile_q * tl.exp2(since_start), LP, PRECISION)
             reader = tl.exp2(decay_sums(earlier, high, low, ONE_HALF, LP))
             reader = operand(tile_b * reader, LP, PRECISION)
+            store_tile(writers_a + tile, K, first_key, CHUNK, writer_a, CHUNK, K, BLOCK_K)
+            store_tile(writers_k + tile, K, first_key, CHUNK, writer_k, CHUNK, K, BLOCK_K)
+            store_tile(queries + tile, K, first_key, CHUNK, query, CHUNK, K, BLOCK_K)
+            store_tile(readers + tile, K, first_key, CHUNK, reader, CHUNK, K, BLOCK_K)
             half = tl.zeros_like(total)
-        store_tile(writers_a + tile, K, first_key, CHUNK, writer_a, CHUNK, K, BLOCK_K)
-        store_tile(writers_k + tile, K, first_key, CHUNK, writer_k, CHUNK, K, BLOCK_K)
-        store_tile(queries + tile, K, first_key, CHUNK, query, CHUNK, K, BLOCK_K)
-        store_tile(readers + tile, K, first_key, CHUNK, reader, CHUNK, K, BLOCK_K)
         columns = first_key + tl.arange(0, BLOCK_K)
         tl.store(totals + place * (2 * K) + columns, half, mask=columns < K)
         tl.store(totals + place * (2 * K) + K + columns, total, mask=columns < K)
