@@ -1,7 +1,7 @@
 """The general DPLR scan on a GPU, as torch operators: what autograd, torch.compile and CUDA graphs see of the Triton kernels.
 
 What is unusual: as in decay_scan_triton.py the operators are opaque to a compiler, outside of which the same functions go
-through an autograd function and, from a shape's third call on, are done from a list; what the backward pass wants back is two
+through an autograd function and, from a shape's third call on, are done from a list; what the backward pass wants back are
 outputs of the forward operator, empty where no gradient is wanted and with DECAY_KERNEL_POLICY=recompute; configurations come
 from tuned.py's table, else from the launchers.
 Source: dplr_scan_naive.py is the definition; the kernels are in triton_dplr.py.
@@ -22,9 +22,10 @@ from kernels.dplr_scan_chunked import dplr_scan_chunked
 from kernels.launching import on_device_of
 from kernels.replay import like, replayed
 from kernels.scan_arguments import check_dplr_scan
-from kernels.triton_dplr import DplrConfig, DplrGradients, Saved, backward, default_config, forward, saved_like
+from kernels.triton_dplr import DplrConfig, DplrGradients, Prepared, Saved, backward, default_config, forward, saved_like
 
 GRANULARITY = "delta_general"  # what the table of configurations calls it
+_KEPT = 2 + len(Prepared._fields)  # tensors that the backward pass is given
 _compiled: set[tuple[Any, ...]] = set()
 
 
@@ -130,7 +131,25 @@ def _scan(
     policy: str,
     want_state: bool,
     want_saved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """(o, final state, states, reads, what prepared the chunks), empty where it is not wanted."""
     config, formula = _config(q, v, policy), _Formula(kind, slope, scale, exact)
     function = partial(_run, config, formula, want_state, want_saved)
     tensors = (q, k, v, a, b, x, gain, offset, initial_state, cu_seqlens)
@@ -142,8 +161,8 @@ def _scan(
 
 def _run(
     config: Any, formula: _Formula, want_state: bool, want_saved: bool, *tensors: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(o, final state, states, reads), None for what is not wanted. Both passes are compiled at their first call."""
+) -> tuple[Tensor | None, ...]:
+    """What _scan returns, None for what is not wanted. Both passes are compiled at their first call."""
     q, k, v, a, b, x, gain, offset, initial_state, cu_seqlens = tensors
     assert q is not None and v is not None
     there = tuple(y is None for y in tensors)
@@ -154,7 +173,9 @@ def _run(
         compile_ahead(partial(_run_both, config, formula, want_state, want_saved, *map(like, tensors)))
     given = (q, k, v, a, b, formula.source(x, gain, offset), formula.scale, initial_state, want_state, want_saved, config)
     o, state, saved = _LAUNCHERS[GRANULARITY].forward(*given, cu_seqlens, formula.exact)
-    return o, state, *((None, None) if saved is None else saved)
+    if saved is None:
+        return o, state, *[None] * _KEPT
+    return o, state, saved.states, saved.reads, *(saved.prepared or [None] * len(Prepared._fields))
 
 
 def _run_both(config: Any, formula: _Formula, want_state: bool, want_saved: bool, *tensors: Tensor | None) -> None:
@@ -178,8 +199,7 @@ def _scan_backward(
     offset: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    states: Tensor,
-    reads: Tensor,
+    saved: list[Tensor],
     do: Tensor,
     d_state: Tensor | None,
     kind: str,
@@ -189,8 +209,8 @@ def _scan_backward(
     policy: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     config, formula = _config(q, v, policy), _Formula(kind, slope, scale, exact)
-    saved = (states, reads) if states.numel() else (None, None)
-    tensors = (q, k, v, a, b, x, gain, offset, initial_state, cu_seqlens, *saved, do, d_state)
+    kept = [y if y.numel() else None for y in saved]
+    tensors = (q, k, v, a, b, x, gain, offset, initial_state, cu_seqlens, *kept, do, d_state)
     with on_device_of(q):
         found = replayed(partial(_run_backward, config, formula), tensors, (GRANULARITY, "backward", config, *formula))
     dq, *others = (q.new_empty(0) if y is None else y for y in found)
@@ -198,9 +218,10 @@ def _scan_backward(
 
 
 def _run_backward(config: Any, formula: _Formula, *tensors: Tensor | None) -> DplrGradients:
-    q, k, v, a, b, x, gain, offset, initial_state, cu_seqlens, states, reads, do, d_state = tensors
+    q, k, v, a, b, x, gain, offset, initial_state, cu_seqlens, states, reads, *prepared, do, d_state = tensors
     assert do is not None
-    saved = None if states is None or reads is None else Saved(states, reads)
+    tiles = None if prepared[0] is None else Prepared(*prepared)  # type: ignore[arg-type]
+    saved = None if states is None or reads is None else Saved(states, reads, tiles)
     d_state = None if d_state is None else d_state.float().contiguous()
     given = (q, k, v, a, b, formula.source(x, gain, offset), formula.scale, initial_state, saved, _side_by_side(do), d_state)
     return _LAUNCHERS[GRANULARITY].backward(*given, config, cu_seqlens, formula.exact)
@@ -216,7 +237,7 @@ def _(q, k, v, a, b, x, gain, offset, initial, cu, kind, slope, scale, exact, po
     o = torch.empty(v.shape, device=q.device, dtype=v.dtype)
     state = (sequences, q.shape[2], q.shape[3], v.shape[3]) if want_state else (0,)
     state = torch.empty(state, device=q.device, dtype=torch.float32 if want_state else q.dtype)
-    kept = _LAUNCHERS[GRANULARITY].saved_like(q, v, config, cu) if want_saved else [((0,), q.dtype)] * 2
+    kept = _LAUNCHERS[GRANULARITY].saved_like(q, v, config, cu, exact) if want_saved else [((0,), q.dtype)] * _KEPT
     return o, state, *(torch.empty(shape, device=q.device, dtype=dtype) for shape, dtype in kept)
 
 
@@ -235,7 +256,7 @@ def _remember(ctx, inputs, output) -> None:
 def _differentiate(ctx, do, d_state, *_, backward=_backward):
     tensors = ctx.saved_tensors
     do = torch.zeros_like(tensors[2]) if do is None else do
-    found = backward(*tensors, do, d_state if ctx.want_state else None, *ctx.options)
+    found = backward(*tensors[:10], list(tensors[10:]), do, d_state if ctx.want_state else None, *ctx.options)
     # An empty tensor stands for None where an input has entries.
     needed = zip(ctx.needs_input_grad, tensors, found, strict=False)
     grads = [y if need and y.shape == x.shape else None for need, x, y in needed]

@@ -5,8 +5,8 @@
 What is unusual:
 - `prepare` makes of each chunk one linear map, of state and values to outputs and state, for all chunks at once; the walks
   multiply its tiles; `gradients` does all chunks at once again. One walk is the other's adjoint.
-- The backward pass is given the states and what b has read of them; what `prepare` makes is made again, since it takes more
-  memory than the inputs do. With the policy `recompute` nothing is kept.
+- The backward pass is given the states, what b has read of them, and, if the configuration says `keep_tiles`, what `prepare`
+  makes, which is more than the inputs are; else that is made again. With the policy `recompute` nothing is kept.
 - A chunk where some channel decays too steeply to be counted from its middle is flagged, and a second launch, whose programs
   return at once elsewhere, does it again pair by pair of halves. No flag is read by the host.
 - With `exact` no later token moves an earlier output's bits.
@@ -43,12 +43,15 @@ class DplrConfig:
     """How the kernels of one (K, V) are cut; every value changes time and rounding only.
 
     chunk: tokens of a step of every kernel, a power of two. policy: "save" keeps what the backward pass wants, "recompute"
-    makes it again. prepare_…, forward_…, reverse_…, gradient_…: of the four kernels; warps, stages, most registers per thread,
-    the widest slice of K that a program of `prepare` or of the gradients holds at a time, and of V that one of a walk does.
+    makes it again. keep_tiles: whether what `prepare` makes is kept too, for each token and head some 6 K + 4 chunk numbers:
+    at the peak of one operator that is no more memory, between many it is. prepare_…, forward_…, reverse_…, gradient_…: of the
+    four kernels; warps, stages, most registers per thread, the widest slice of K that a program of `prepare` or of the
+    gradients holds at a time, and of V that one of a walk does.
     """
 
     chunk: int = 64
     policy: str = "save"
+    keep_tiles: bool = True
     prepare_warps: int = 4
     prepare_registers: int | None = None
     prepare_key_block: int = 64
@@ -63,13 +66,6 @@ class DplrConfig:
     gradient_warps: int = 4
     gradient_registers: int | None = None
     gradient_key_block: int = 64
-
-
-class Saved(NamedTuple):
-    """What the forward pass leaves for the backward pass: the states before each chunk, and what b read."""
-
-    states: Tensor
-    reads: Tensor
 
 
 class DplrGradients(NamedTuple):
@@ -109,7 +105,7 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DplrCon
     ]
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """What `prepare` leaves, by prepare_kernel's names; flags say where it is steep."""
 
     queries: Tensor
@@ -127,6 +123,14 @@ class _Prepared(NamedTuple):
 
     def some(self, *names: str) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in names}
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass: the states before each chunk, what b read, and perhaps the tiles."""
+
+    states: Tensor
+    reads: Tensor
+    prepared: Prepared | None = None
 
 
 _WALKED = ("state_reads", "value_reads", "state_outputs", "value_outputs", "writers_a", "writers_k", "totals")
@@ -156,8 +160,10 @@ def forward(
     call = _Call(q_bthk, k_bthk, v_bthv, a_bthk, b_bthk, source, scale, config, cu_seqlens, exact)
     o = v_bthv.new_empty(v_bthv.shape)
     final = call.outside_states() if want_state else None
-    saved = call.kept(want_saved and config.policy == "save")
-    call.walk_forwards(call.prepared(), o, widened(initial_state), final, saved)
+    saved, prepared = call.kept(want_saved and config.policy == "save"), call.prepared()
+    call.walk_forwards(prepared, o, widened(initial_state), final, saved)
+    if saved is not None and config.keep_tiles:
+        saved = saved._replace(prepared=prepared)
     return o, final, saved
 
 
@@ -179,7 +185,7 @@ def backward(
 ) -> DplrGradients:
     """Returns the gradients in the inputs' dtypes, that of the initial state in fp32; without `saved` it is made again."""
     call = _Call(q_bthk, k_bthk, v_bthv, a_bthk, b_bthk, source, scale, config, cu_seqlens, exact)
-    prepared = call.prepared()
+    prepared = call.prepared() if saved is None or saved.prepared is None else saved.prepared
     if saved is None:
         saved = call.kept(True)
         call.walk_forwards(prepared, None, widened(initial_state), None, saved)
@@ -192,15 +198,28 @@ def backward(
 
 
 def saved_like(
-    q_bthk: Tensor, v_bthv: Tensor, config: DplrConfig, cu_seqlens: Tensor | None = None
+    q_bthk: Tensor, v_bthv: Tensor, config: DplrConfig, cu_seqlens: Tensor | None = None, exact: bool = False
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `forward` keeps for the backward pass, in Saved's order; (0,) where it keeps nothing."""
+    """Shapes and dtypes of what `forward` keeps for the backward pass: Saved's states and reads, then Prepared's fields; (0,)
+    where it keeps nothing."""
+    nothing: tuple[tuple[int, ...], torch.dtype] = ((0,), q_bthk.dtype)
     if config.policy != "save":
-        return [((0,), q_bthk.dtype)] * 2
+        return [nothing] * (2 + len(Prepared._fields))
     batch, tokens, heads, key_dim = q_bthk.shape
     slots = slot_count(batch, tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, config.chunk)
     kept = _kept_dtype(q_bthk)
-    return [((slots, heads, key_dim, v_bthv.shape[-1]), kept), (tuple(v_bthv.shape), kept)]
+    found = [((slots, heads, key_dim, v_bthv.shape[-1]), kept), (tuple(v_bthv.shape), kept)]
+    if not config.keep_tiles:
+        return found + [nothing] * len(Prepared._fields)
+    return found + [nothing if x is None else x for x in _prepared_like(slots, heads, key_dim, config.chunk, kept, exact)]
+
+
+def _prepared_like(
+    slots: int, heads: int, key_dim: int, chunk: int, dtype: torch.dtype, exact: bool
+) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
+    """Shapes and dtypes of Prepared's fields."""
+    tiles = [((slots, heads, chunk, key_dim), dtype)] * 6 + [((slots, heads, chunk, chunk), dtype)] * 4
+    return [*tiles, ((slots, heads, 2, key_dim), torch.float32), None if exact else ((slots, heads), torch.int8)]
 
 
 def _kept_dtype(q: Tensor) -> torch.dtype:
@@ -265,14 +284,13 @@ class _Call:
         states = self.new(self.slots, self.heads, self.key_dim, self.value_dim, dtype=self.kept_dtype)
         return Saved(states, self.new(*self.v.shape, dtype=self.kept_dtype))
 
-    def prepared(self) -> _Prepared:
-        config, sizes, dtype = self.config, (self.slots, self.heads), self.kept_dtype
-        tiles = (self.new(*sizes, config.chunk, self.key_dim, dtype=dtype) for _ in range(6))
-        squares = (self.new(*sizes, config.chunk, config.chunk, dtype=dtype) for _ in range(4))
-        # No program of a packed call looks at a place that no chunk fills.
+    def prepared(self) -> Prepared:
+        config = self.config
+        *tiles, flags = _prepared_like(self.slots, self.heads, self.key_dim, config.chunk, self.kept_dtype, self.exact)
+        # A packed call has places that no chunk fills: their flags are not to be set.
         empty = torch.empty if self.cu is None else torch.zeros
-        flags = None if self.exact else empty(sizes, device=self.q.device, dtype=torch.int8)
-        found = _Prepared(*tiles, *squares, self.new(*sizes, 2, self.key_dim), flags)
+        flags = None if flags is None else empty(flags[0], device=self.q.device, dtype=flags[1])
+        found = Prepared(*(self.new(*shape, dtype=dtype) for shape, dtype in tiles), flags)
         arguments = dict(
             **self.parts, **found._asdict(), BLOCK_K=min(config.prepare_key_block, self.whole_k),
             RANGE=FINE_RANGE if self.q.dtype == torch.float32 else RANGE, HALF=self.q.dtype != torch.float32,
@@ -292,10 +310,10 @@ class _Call:
                 launch(kernel, (programs,), arguments | exactly, num_stages=1, **how)
 
     def walk_forwards(
-        self, prepared: _Prepared, o: Tensor | None, initial: Tensor | None, final: Tensor | None, saved: Saved | None
+        self, prepared: Prepared, o: Tensor | None, initial: Tensor | None, final: Tensor | None, saved: Saved | None
     ) -> None:
         config = self.config
-        kept = {"states": None, "reads": None} if saved is None else saved._asdict()
+        kept = {"states": None if saved is None else saved.states, "reads": None if saved is None else saved.reads}
         arguments = dict(
             **prepared.some(*_WALKED), v=self.v, initial=initial, o=o, final=final, **kept, **strides("v", self.v),
             **self.walk_sizes(config.forward_value_block), STAGES=config.forward_stages,
@@ -303,7 +321,7 @@ class _Call:
         self.walk(forward_kernel, arguments, config.forward_warps, config.forward_stages, config.forward_registers)
 
     def walk_in_reverse(
-        self, prepared: _Prepared, do: Tensor, d_final: Tensor | None, dv: Tensor, d_initial: Tensor | None, d_saved: Saved
+        self, prepared: Prepared, do: Tensor, d_final: Tensor | None, dv: Tensor, d_initial: Tensor | None, d_saved: Saved
     ) -> None:
         config = self.config
         arguments = dict(
@@ -325,7 +343,7 @@ class _Call:
             launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **at_most(registers))
 
     def gradients(
-        self, prepared: _Prepared, do: Tensor, dv: Tensor, saved: Saved, d_saved: Saved, d_initial: Tensor | None
+        self, prepared: Prepared, do: Tensor, dv: Tensor, saved: Saved, d_saved: Saved, d_initial: Tensor | None
     ) -> DplrGradients:
         given = (self.q, self.k, self.a, self.b)
         dq, dk, da, db = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in given)

@@ -100,13 +100,18 @@ def _gentle_at(
     first_key = slice_k * BLOCK_K
     ck = first_key + tl.arange(0, BLOCK_K)
     tile = place * (CHUNK * K)
+    # All operands are asked for at once. What is multiplied number by number is read again there, rather than held.
+    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
+    writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
+    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
+    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
     dc, d_read, read, value = _inside(
         v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
         V, BLOCK_V, CHUNK, LP, PRECISION,
     )
-    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
-    writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
-    writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
+
     pairs = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
     found = tl.dot(pairs, writer_a, input_precision=PRECISION)
     pairs = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
@@ -132,33 +137,30 @@ def _gentle_at(
     store_tile(dq + row * K, heads * K, first_key, left, found * (tl.exp2(since_middle) * scale), CHUNK, K, BLOCK_K)
     gained += get_block(queries + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32) * found
 
-    # What was loaded is loaded again where it is not an operand still.
-    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
-    d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
-    d_log += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)[None, :]
+    around = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP).to(tl.float32)
+    around *= _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP).to(tl.float32)
+    d_log += tl.sum(around, 1)[None, :]
     fade = tl.exp2(-since_middle)
-    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
-    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
-    writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
+    writer = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
     # Pairs that pass over the chunk's end are summed as they are; gained is for those inside and over its start.
-    past = writer_a.to(tl.float32) * tl.dot(read, tl.trans(d_state), input_precision=PRECISION)
+    past = writer * tl.dot(read, tl.trans(d_state), input_precision=PRECISION)
     d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
     pairs = tl.where(from_on(CHUNK), tl.dot(read, tl.trans(dc), input_precision=PRECISION), 0.0).to(LP)
     found = tl.dot(pairs, query, input_precision=PRECISION)
     pairs = tl.where(after(CHUNK), tl.dot(read, tl.trans(d_read), input_precision=PRECISION), 0.0).to(LP)
     found = tl.dot(pairs, reader, found, input_precision=PRECISION)
-    gained -= writer_a.to(tl.float32) * found
+    gained -= writer * found
     found = tl.dot(read, tl.trans(d_state), found, input_precision=PRECISION)
     store_tile(da + row * K, heads * K, first_key, left, found * fade, CHUNK, K, BLOCK_K)
 
-    writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
-    past = writer_k.to(tl.float32) * tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
+    writer = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
+    past = writer * tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
     d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
     pairs = tl.where(from_on(CHUNK), tl.dot(value, tl.trans(dc), input_precision=PRECISION), 0.0).to(LP)
     found = tl.dot(pairs, query, input_precision=PRECISION)
     pairs = tl.where(after(CHUNK), tl.dot(value, tl.trans(d_read), input_precision=PRECISION), 0.0).to(LP)
     found = tl.dot(pairs, reader, found, input_precision=PRECISION)
-    gained -= writer_k.to(tl.float32) * found
+    gained -= writer * found
     found = tl.dot(value, tl.trans(d_state), found, input_precision=PRECISION)
     store_tile(dk + row * K, heads * K, first_key, left, found * fade, CHUNK, K, BLOCK_K)
     if dx is not None:

@@ -97,6 +97,65 @@ def _applied(high, low, x, LP: tl.constexpr, PRECISION: tl.constexpr):
 
 # fmt: off
 @triton.jit
+def _loaded(
+    q, k, a, b, x, gain, offset, slope, head, left, first_key, q_t, k_t, a_t, b_t, x_t,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, LP: tl.constexpr,
+):
+    """A chunk's q, k, a and b as they are, log2 λ, and its halves."""
+    tile_x = load_tile(x, x_t, first_key, left, CHUNK, K, BLOCK_K)
+    tile_q = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K)
+    tile_b = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K)
+    tile_a = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K)
+    tile_k = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K)
+    row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
+    row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
+    log2 = log2_of(tile_x, row_gain, row_offset, slope, first_key, left, KIND, CHUNK, K, BLOCK_K)
+    high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
+    return tile_q, tile_k, tile_a, tile_b, log2, high, low
+
+
+@triton.jit
+def _store_tiles(
+    queries, readers, writers_a, writers_k, totals, query, reader, writer_a, writer_k, half, rest, first_key,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):
+    store_tile(queries, K, first_key, CHUNK, query, CHUNK, K, BLOCK_K)
+    store_tile(readers, K, first_key, CHUNK, reader, CHUNK, K, BLOCK_K)
+    store_tile(writers_a, K, first_key, CHUNK, writer_a, CHUNK, K, BLOCK_K)
+    store_tile(writers_k, K, first_key, CHUNK, writer_k, CHUNK, K, BLOCK_K)
+    columns = first_key + tl.arange(0, BLOCK_K)
+    tl.store(totals + columns, half, mask=columns < K)
+    tl.store(totals + K + columns, rest, mask=columns < K)
+
+
+@triton.jit
+def _gentle_tiles(
+    q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, totals, slope, scale, head, left, first_key,
+    q_t, k_t, a_t, b_t, x_t,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr, ONE_HALF: tl.constexpr, LP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """query, reader, writer_a, writer_k, counted from the chunk's middle and stored, and the least log2 of a total decay."""
+    tile_q, tile_k, tile_a, tile_b, log2, high, low = _loaded(
+        q, k, a, b, x, gain, offset, slope, head, left, first_key, q_t, k_t, a_t, b_t, x_t,
+        K, BLOCK_K, CHUNK, KIND, ONE_HALF, LP,
+    )
+    total = tl.sum(log2, 0)
+    half = total * 0.5
+    since_middle = decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP) - half[None, :]
+    query = operand(tile_q.to(tl.float32) * (tl.exp2(since_middle) * scale), LP, PRECISION)
+    reader = operand(tile_b.to(tl.float32) * tl.exp2(since_middle - log2), LP, PRECISION)
+    fade = tl.exp2(-since_middle)
+    writer_a = operand(tile_a.to(tl.float32) * fade, LP, PRECISION)
+    writer_k = operand(tile_k.to(tl.float32) * fade, LP, PRECISION)
+    _store_tiles(
+        queries, readers, writers_a, writers_k, totals, query, reader, writer_a, writer_k, half, tl.zeros_like(half), first_key,
+        K, BLOCK_K, CHUNK,
+    )
+    return query, reader, writer_a, writer_k, tl.min(total, 0)
+
+
+@triton.jit
 def _prepare_at(
     q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, state_reads, state_outputs, value_reads, value_outputs,
     scores, inverse, totals, flags, slope, scale, heads, head, slot, batch, start, left,
@@ -105,51 +164,50 @@ def _prepare_at(
     ONE_HALF: tl.constexpr, HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     RANGE: tl.constexpr,
 ):
+    HELD: tl.constexpr = (not EXACT) and K <= BLOCK_K  # the tiles stay where they are made
     rows = tl.arange(0, CHUNK)
     earlier = rows[:, None] > rows[None, :]
+    same = rows[:, None] == rows[None, :]
     place = slot.to(tl.int64) * heads + head
     q += batch * q_b + start * q_t + head * q_h
     k += batch * k_b + start * k_t + head * k_h
     a += batch * a_b + start * a_t + head * a_h
     b += batch * b_b + start * b_t + head * b_h
     x += batch * x_b + start * x_t + head * x_h
-    tile = place * (CHUNK * K)
-    if EXACT:
+    tile, square = place * (CHUNK * K), place * (CHUNK * CHUNK)
+    queries, readers, writers_a, writers_k = queries + tile, readers + tile, writers_a + tile, writers_k + tile
+    totals += place * (2 * K)
+    if HELD:
+        query, reader, writer_a, writer_k, lowest = _gentle_tiles(
+            q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, totals, slope, scale, head, left, 0,
+            q_t, k_t, a_t, b_t, x_t, K, BLOCK_K, CHUNK, KIND, ONE_HALF, LP, PRECISION,
+        )
+        solve_a = tl.dot(reader, tl.trans(writer_a), input_precision=PRECISION)
+    elif not EXACT:
+        lowest = tl.full([], 0.0, tl.float32)
+        for first_key in tl.range(0, K, BLOCK_K):
+            _q, _r, _a, _k, least = _gentle_tiles(
+                q, k, a, b, x, gain, offset, queries, readers, writers_a, writers_k, totals, slope, scale, head, left,
+                first_key, q_t, k_t, a_t, b_t, x_t, K, BLOCK_K, CHUNK, KIND, ONE_HALF, LP, PRECISION,
+            )
+            lowest = tl.minimum(lowest, least)
+        tl.debug_barrier()
+        # Pairs are made one matrix after another, from tiles that are read back: few live at a time.
+        solve_a = _pairs(readers, writers_a, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+    else:
         read_a = tl.zeros([CHUNK, CHUNK], tl.float32)
         read_k = tl.zeros([CHUNK, CHUNK], tl.float32)
         solve_a = tl.zeros([CHUNK, CHUNK], tl.float32)
         solve_k = tl.zeros([CHUNK, CHUNK], tl.float32)
-    steep = tl.full([], 0, tl.int1)
-    for first_key in tl.range(0, K, BLOCK_K):
-        row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
-        row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
-        tile_x = load_tile(x, x_t, first_key, left, CHUNK, K, BLOCK_K)
-        log2 = log2_of(tile_x, row_gain, row_offset, slope, first_key, left, KIND, CHUNK, K, BLOCK_K)
-        high, low = decay_halves(tile_x, log2, ONE_HALF, LP)
-        total = tl.sum(log2, 0)
-        since_start = decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP)
-        if not EXACT:  # one tile after another, so that few live at a time
-            steep = steep | (tl.min(total, 0) < -2.0 * RANGE)
-            half = total * 0.5
-            since_middle = since_start - half[None, :]
-            fade = tl.exp2(since_middle)
-            part = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32) * scale
-            store_tile(queries + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
-            fade = tl.exp2(since_middle - log2)
-            part = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-            store_tile(readers + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
-            fade = tl.exp2(-since_middle)
-            part = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-            store_tile(writers_a + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
-            part = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-            store_tile(writers_k + tile, K, first_key, CHUNK, operand(part * fade, LP, PRECISION), CHUNK, K, BLOCK_K)
-            total = tl.zeros_like(half)
-        else:
-            same = rows[:, None] == rows[None, :]
-            tile_q = load_tile(q, q_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32) * scale
-            tile_b = load_tile(b, b_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-            tile_a = load_tile(a, a_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
-            tile_k = load_tile(k, k_t, first_key, left, CHUNK, K, BLOCK_K).to(tl.float32)
+        for first_key in tl.range(0, K, BLOCK_K):
+            tile_q, tile_k, tile_a, tile_b, log2, high, low = _loaded(
+                q, k, a, b, x, gain, offset, slope, head, left, first_key, q_t, k_t, a_t, b_t, x_t,
+                K, BLOCK_K, CHUNK, KIND, ONE_HALF, LP,
+            )
+            tile_q = tile_q.to(tl.float32) * scale
+            tile_k = tile_k.to(tl.float32)
+            tile_a = tile_a.to(tl.float32)
+            tile_b = tile_b.to(tl.float32)
             read_a += tl.where(same, tl.sum(tile_q * tile_a, 1)[:, None], 0.0)
             read_k += tl.where(same, tl.sum(tile_q * tile_k, 1)[:, None], 0.0)
             for level in range(0, LEVELS):
@@ -159,59 +217,73 @@ def _prepare_at(
                 query = operand(tile_q * decay, LP, PRECISION)
                 writer_a = operand(tile_a * decay, LP, PRECISION)
                 writer_k = operand(tile_k * decay, LP, PRECISION)
-                reader = tl.exp2(decay_sums(weights & (same == 0), high, low, ONE_HALF, LP))
-                reader = operand(tile_b * reader, LP, PRECISION)
+                decay = tl.exp2(decay_sums(weights & (same == 0), high, low, ONE_HALF, LP))
+                reader = operand(tile_b * decay, LP, PRECISION)
                 read_a += tl.where(apart, tl.dot(query, tl.trans(writer_a), input_precision=PRECISION), 0.0)
                 read_k += tl.where(apart, tl.dot(query, tl.trans(writer_k), input_precision=PRECISION), 0.0)
                 solve_a += tl.where(apart, tl.dot(reader, tl.trans(writer_a), input_precision=PRECISION), 0.0)
                 solve_k += tl.where(apart, tl.dot(reader, tl.trans(writer_k), input_precision=PRECISION), 0.0)
-            late = tl.exp2(decay_sums(after(CHUNK), high, low, ONE_HALF, LP))
-            writer_a = operand(tile_a * late, LP, PRECISION)
-            writer_k = operand(tile_k * late, LP, PRECISION)
-            query = operand(tile_q * tl.exp2(since_start), LP, PRECISION)
-            reader = tl.exp2(decay_sums(earlier, high, low, ONE_HALF, LP))
-            reader = operand(tile_b * reader, LP, PRECISION)
-            store_tile(writers_a + tile, K, first_key, CHUNK, writer_a, CHUNK, K, BLOCK_K)
-            store_tile(writers_k + tile, K, first_key, CHUNK, writer_k, CHUNK, K, BLOCK_K)
-            store_tile(queries + tile, K, first_key, CHUNK, query, CHUNK, K, BLOCK_K)
-            store_tile(readers + tile, K, first_key, CHUNK, reader, CHUNK, K, BLOCK_K)
-            half = tl.zeros_like(total)
-        columns = first_key + tl.arange(0, BLOCK_K)
-        tl.store(totals + place * (2 * K) + columns, half, mask=columns < K)
-        tl.store(totals + place * (2 * K) + K + columns, total, mask=columns < K)
-    square = place * (CHUNK * CHUNK)
+            query = operand(tile_q * tl.exp2(decay_sums(up_to(CHUNK), high, low, ONE_HALF, LP)), LP, PRECISION)
+            reader = operand(tile_b * tl.exp2(decay_sums(earlier, high, low, ONE_HALF, LP)), LP, PRECISION)
+            decay = tl.exp2(decay_sums(after(CHUNK), high, low, ONE_HALF, LP))
+            writer_a = operand(tile_a * decay, LP, PRECISION)
+            writer_k = operand(tile_k * decay, LP, PRECISION)
+            total = tl.sum(log2, 0)
+            _store_tiles(
+                queries, readers, writers_a, writers_k, totals, query, reader, writer_a, writer_k, tl.zeros_like(total), total,
+                first_key, K, BLOCK_K, CHUNK,
+            )
+        tl.debug_barrier()
     if flags is not None:
-        tl.store(flags + place, steep.to(tl.int8))
-    tl.debug_barrier()
-    # The gentle pairs are made one matrix after another, from tiles that are read back: few live at a time.
-    if not EXACT:
-        solve_a = _pairs(readers + tile, writers_a + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+        tl.store(flags + place, (lowest < -2.0 * RANGE).to(tl.int8))
     found = inverted(tl.where(earlier, solve_a, 0.0), rows, LEVELS, HALF, PRECISION)
     store_tile(inverse + square, CHUNK, 0, CHUNK, found, CHUNK, CHUNK, CHUNK)
     high, low = halves(found, LP)
-    if not EXACT:
-        solve_k = _pairs(readers + tile, writers_k + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+    if HELD:
+        solve_k = tl.dot(reader, tl.trans(writer_k), input_precision=PRECISION)
+    elif not EXACT:
+        solve_k = _pairs(readers, writers_k, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
     values, rest = halves(tl.where(earlier, solve_k, 0.0), LP)
     reads = _applied(high, low, values, LP, PRECISION)
     if LP != tl.float32:
         reads = tl.dot(high, rest, reads + rest.to(tl.float32), input_precision=PRECISION)
     values = reads.to(LP)
     store_tile(value_reads + square, CHUNK, 0, CHUNK, values, CHUNK, CHUNK, CHUNK)
-    if not EXACT:
-        read_a = _pairs(queries + tile, writers_a + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
-        read_k = _pairs(queries + tile, writers_k + tile, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+    if HELD:
+        read_a = tl.dot(query, tl.trans(writer_a), input_precision=PRECISION)
+        read_k = tl.dot(query, tl.trans(writer_k), input_precision=PRECISION)
+    elif not EXACT:
+        read_a = _pairs(queries, writers_a, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
+        read_k = _pairs(queries, writers_k, rows, K, BLOCK_K, CHUNK, LP, PRECISION)
     score = tl.where(up_to(CHUNK), read_a, 0.0).to(LP)
     store_tile(scores + square, CHUNK, 0, CHUNK, score, CHUNK, CHUNK, CHUNK)
     outputs = tl.dot(score, values, tl.where(up_to(CHUNK), read_k, 0.0), input_precision=PRECISION)
     store_tile(value_outputs + square, CHUNK, 0, CHUNK, outputs, CHUNK, CHUNK, CHUNK)
-    for first_key in tl.range(0, K, BLOCK_K):
-        ck = first_key + tl.arange(0, BLOCK_K)
-        reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
-        of_state = _applied(high, low, reader, LP, PRECISION).to(LP)
-        store_tile(state_reads + tile, K, first_key, CHUNK, of_state, CHUNK, K, BLOCK_K)
-        query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
-        query = tl.dot(score, of_state, query, input_precision=PRECISION)
-        store_tile(state_outputs + tile, K, first_key, CHUNK, query, CHUNK, K, BLOCK_K)
+    if HELD:
+        _store_maps(
+            state_reads + tile, state_outputs + tile, query, reader, high, low, score, 0, K, BLOCK_K, CHUNK, LP, PRECISION
+        )
+    else:
+        for first_key in tl.range(0, K, BLOCK_K):
+            ck = first_key + tl.arange(0, BLOCK_K)
+            query = get_block(queries, rows, ck, K, BLOCK_K, LP)
+            reader = get_block(readers, rows, ck, K, BLOCK_K, LP)
+            _store_maps(
+                state_reads + tile, state_outputs + tile, query, reader, high, low, score, first_key,
+                K, BLOCK_K, CHUNK, LP, PRECISION,
+            )
+
+
+@triton.jit
+def _store_maps(
+    state_reads, state_outputs, query, reader, high, low, score, first_key,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """W and Q."""
+    of_state = _applied(high, low, reader, LP, PRECISION).to(LP)
+    store_tile(state_reads, K, first_key, CHUNK, of_state, CHUNK, K, BLOCK_K)
+    outputs = tl.dot(score, of_state, query.to(tl.float32), input_precision=PRECISION)
+    store_tile(state_outputs, K, first_key, CHUNK, outputs, CHUNK, K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["slope", "scale", "tokens", "heads", "sequences", "search_steps", "slots"])
