@@ -4,7 +4,7 @@
 
 What is unusual:
 - `prepare` makes of each chunk one linear map, of state and values to outputs and state, for all chunks at once; the walks
-  multiply its tiles; `gradients` does all chunks at once again. One walk is the other's adjoint.
+  multiply its tiles; `pairs` and `gradients` do all chunks at once again. One walk is the other's adjoint.
 - The backward pass is given the states, what b has read of them, and, if the configuration says `keep_tiles`, what `prepare`
   makes, which is more than the inputs are; else that is made again. With the policy `recompute` nothing is kept.
 - A chunk where some channel decays too steeply to be counted from its middle is flagged, and a second launch, whose programs
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels.decay_source import DecaySource
 from kernels.launching import INTERPRETED, at_most, cdiv, launch, on_device_of, padded, strides, widened
-from kernels.triton_dplr_gradients import gradients_kernel
+from kernels.triton_dplr_gradients import gradients_kernel, pairs_kernel
 from kernels.triton_dplr_prepare import prepare_kernel
 from kernels.triton_dplr_walk import forward_kernel, reverse_kernel
 from kernels.triton_gate import KINDS
@@ -44,9 +44,9 @@ class DplrConfig:
 
     chunk: tokens of a step of every kernel, a power of two. policy: "save" keeps what the backward pass wants, "recompute"
     makes it again. keep_tiles: whether what `prepare` makes is kept too, for each token and head some 6 K + 4 chunk numbers:
-    at the peak of one operator that is no more memory, between many it is. prepare_…, forward_…, reverse_…, gradient_…: of the
-    four kernels; warps, stages, most registers per thread, the widest slice of K that a program of `prepare` or of the
-    gradients holds at a time, and of V that one of a walk does.
+    at the peak of one operator that is no more memory, between many it is. prepare_…, forward_…, reverse_…, pairs_…,
+    gradient_…: of the five kernels; warps, stages, most registers per thread, the widest slice of K that a program of `prepare`
+    or of the gradients holds at a time, and of V that one of the others does.
     """
 
     chunk: int = 64
@@ -63,6 +63,9 @@ class DplrConfig:
     reverse_stages: int = 2
     reverse_registers: int | None = None
     reverse_value_block: int = 64
+    pairs_warps: int = 4
+    pairs_registers: int | None = None
+    pairs_value_block: int = 128
     gradient_warps: int = 4
     gradient_registers: int | None = None
     gradient_key_block: int = 64
@@ -91,7 +94,7 @@ def default_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> DplrConf
 def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DplrConfig]:
     """Returns configurations worth timing for these dims, the default first."""
     if dtype != torch.bfloat16:
-        return [DplrConfig(chunk=16, forward_stages=1, reverse_stages=1, gradient_warps=8)]
+        return [DplrConfig(chunk=16, forward_stages=1, reverse_stages=1, pairs_value_block=64, gradient_warps=8)]
     shallow = DplrConfig(forward_stages=1, reverse_stages=1)
     if padded(key_dim) > 128:  # two chunks' tiles do not fit a processor's shared memory
         return [shallow, replace(shallow, gradient_warps=8)]
@@ -134,7 +137,7 @@ class Saved(NamedTuple):
 
 
 _WALKED = ("state_reads", "value_reads", "state_outputs", "value_outputs", "writers_a", "writers_k", "totals")
-_OF_GRADIENTS = ("queries", "readers", "writers_a", "writers_k", "scores", "inverse", "flags")
+_OF_GRADIENTS = ("queries", "readers", "writers_a", "writers_k", "flags")
 
 
 def forward(
@@ -342,6 +345,22 @@ class _Call:
         with self.on_device:
             launch(kernel, (programs,), arguments, num_warps=warps, num_stages=stages, **at_most(registers))
 
+    def pairs(self, prepared: Prepared, do: Tensor, saved: Saved, d_saved: Saved) -> dict[str, Tensor]:
+        """The gradients of pairs of tokens; d_saved.reads are those of what is read, and then of what made it."""
+        chunk, config = self.config.chunk, self.config
+        sizes = (self.slots, self.heads, chunk, chunk)
+        found = {name: self.new(*sizes, dtype=self.kept_dtype) for name in ("read_a", "read_k", "solve_a", "solve_k")}
+        arguments = dict(
+            v=self.v, d=do, reads=saved.reads, d_reads=d_saved.reads, **prepared.some("scores", "inverse"), cu=self.cu, **found,
+            tokens=self.tokens, heads=self.heads, sequences=self.sequences, search_steps=self.sequences.bit_length(),
+            **strides("v", self.v), **strides("d", do), V=self.value_dim, BLOCK_V=min(config.pairs_value_block, self.whole_v),
+            **self.numbers,
+        )  # fmt: skip
+        how = {"num_warps": config.pairs_warps, "num_stages": 1, **at_most(config.pairs_registers)}
+        with self.on_device:
+            launch(pairs_kernel, (self.slots * self.heads,), arguments, **how)
+        return found
+
     def gradients(
         self, prepared: Prepared, do: Tensor, dv: Tensor, saved: Saved, d_saved: Saved, d_initial: Tensor | None
     ) -> DplrGradients:
@@ -352,8 +371,9 @@ class _Call:
         empty = torch.empty if self.cu is None else torch.zeros
         sizes = (self.slots, self.heads, self.key_dim)
         rows = {name: None if self.parts[name] is None else empty(sizes, device=self.q.device) for name in _PARTS}
+        pairs = self.pairs(prepared, do, saved, d_saved)
         arguments = dict(
-            **self.parts, **prepared.some(*_OF_GRADIENTS), v=self.v, d=do, reads=saved.reads, d_reads=d_saved.reads,
+            **self.parts, **prepared.some(*_OF_GRADIENTS), **pairs, v=self.v, d=do, reads=saved.reads, d_reads=d_saved.reads,
             starts=saved.states, ends=d_saved.states, dq=dq, dk=dk, da=da, db=db, dx=dx, d_gain=rows["gain"],
             d_offset=rows["offset"], **strides("v", self.v), **strides("d", do), V=self.value_dim,
             BLOCK_K=min(self.config.gradient_key_block, self.whole_k), BLOCK_V=self.whole_v,

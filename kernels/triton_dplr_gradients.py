@@ -10,11 +10,10 @@ each between factors of the decay. log λ_t has the sum of what passes over t: o
 k·dk up to t.
 
 What is surprising:
+- A kernel of its own makes dx and the pairs, since slices of K go by themselves and all want them, transposed too.
 - There are two versions of a chunk. The gentle one takes the tiles that were prepared, they and the states counted from the
-  chunk's middle; it makes pairs and products twice rather than hold them, and no made tile is transposed. The exact one, for
-  chunks that were flagged, merges halves level by level: the rows of the later half are readers, those of the earlier one
-  writers, and one symmetric product gives the gradients of both.
-- Slices of K go by themselves; each makes dx and the pairs again.
+  chunk's middle. The exact one, for chunks that were flagged, merges halves level by level: the rows of the later half are
+  readers, those of the earlier one writers, and one symmetric product gives the gradients of both.
 Source: triton_dplr_prepare.py and triton_dplr_walk.py have what these are derivatives of.
 """
 
@@ -67,29 +66,53 @@ def _store_decay_gradient(
         tl.store(d_offset + place * K + columns, tl.sum(tl.where(here, of_offset, 0.0), 0), mask=columns < K)
 
 
-@triton.jit
-def _inside(
-    v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "search_steps"])
+def pairs_kernel(
+    v, d, reads, d_reads, scores, inverse, cu, read_a, read_k, solve_a, solve_k, tokens, heads, sequences, search_steps,
+    v_b, v_t, v_h, d_b, d_t, d_h,
     V: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """do, dx, r and v of a chunk."""
+    """read_a, read_k, solve_a, solve_k, (slots, H, CHUNK, CHUNK): dP_a, dP_k, dL, dN. d_reads: y, in whose place dx is left."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    slot = tl.program_id(0) // heads
+    batch, start, left = locate_slot(cu, slot, sequences, search_steps, tokens, CHUNK)
+    if left <= 0:
+        return
     rows = tl.arange(0, CHUNK)
-    square = place * (CHUNK * CHUNK)
+    row = ((batch * tokens + start) * heads + head) * V
+    square = (slot.to(tl.int64) * heads + head) * (CHUNK * CHUNK)
+    v += batch * v_b + start * v_t + head * v_h
+    d += batch * d_b + start * d_t + head * d_h
     score = get_block(scores + square, rows, rows, CHUNK, CHUNK, LP)
     m = get_block(inverse + square, rows, rows, CHUNK, CHUNK, LP)
-    dc = load_tile(d + batch * d_b + start * d_t + head * d_h, d_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
-    dr = load_tile(d_reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(tl.float32)
-    dr = tl.dot(tl.trans(score), dc, dr, input_precision=PRECISION)
-    dr = tl.dot(tl.trans(m), dr.to(LP), dr, input_precision=PRECISION)
-    read = load_tile(reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(LP)
-    value = load_tile(v + batch * v_b + start * v_t + head * v_h, v_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
-    return dc, dr.to(LP), read, value
+    found_ra = tl.zeros([CHUNK, CHUNK], tl.float32)
+    found_rk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    found_sa = tl.zeros([CHUNK, CHUNK], tl.float32)
+    found_sk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first_value in tl.static_range(0, V, BLOCK_V):
+        dc = load_tile(d, d_t, first_value, left, CHUNK, V, BLOCK_V).to(LP)
+        dr = load_tile(d_reads + row, heads * V, first_value, left, CHUNK, V, BLOCK_V).to(tl.float32)
+        read = load_tile(reads + row, heads * V, first_value, left, CHUNK, V, BLOCK_V).to(LP)
+        value = load_tile(v, v_t, first_value, left, CHUNK, V, BLOCK_V).to(LP)
+        dr = tl.dot(tl.trans(score), dc, dr, input_precision=PRECISION)
+        dr = tl.dot(tl.trans(m), dr.to(LP), dr, input_precision=PRECISION)
+        store_tile(d_reads + row, heads * V, first_value, left, dr, CHUNK, V, BLOCK_V)
+        dx = dr.to(LP)
+        found_ra = tl.dot(dc, tl.trans(read), found_ra, input_precision=PRECISION)
+        found_rk = tl.dot(dc, tl.trans(value), found_rk, input_precision=PRECISION)
+        found_sa = tl.dot(dx, tl.trans(read), found_sa, input_precision=PRECISION)
+        found_sk = tl.dot(dx, tl.trans(value), found_sk, input_precision=PRECISION)
+    earlier = rows[:, None] > rows[None, :]
+    store_tile(read_a + square, CHUNK, 0, CHUNK, tl.where(up_to(CHUNK), found_ra, 0.0), CHUNK, CHUNK, CHUNK)
+    store_tile(read_k + square, CHUNK, 0, CHUNK, tl.where(up_to(CHUNK), found_rk, 0.0), CHUNK, CHUNK, CHUNK)
+    store_tile(solve_a + square, CHUNK, 0, CHUNK, tl.where(earlier, found_sa, 0.0), CHUNK, CHUNK, CHUNK)
+    store_tile(solve_k + square, CHUNK, 0, CHUNK, tl.where(earlier, found_sk, 0.0), CHUNK, CHUNK, CHUNK)
 
 
 @triton.jit
 def _gentle_at(
-    v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends,
-    dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left, slice_k,
+    v, x, gain, offset, d, queries, readers, writers_a, writers_k, read_a, read_k, solve_a, solve_k, reads, d_reads, starts,
+    ends, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left, slice_k,
     v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
     ONE_HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,24 +122,20 @@ def _gentle_at(
     row = (batch * tokens + start) * heads + head
     first_key = slice_k * BLOCK_K
     ck = first_key + tl.arange(0, BLOCK_K)
-    tile = place * (CHUNK * K)
-    # All operands are asked for at once. What is multiplied number by number is read again there, rather than held.
-    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
-    d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    tile, square = place * (CHUNK * K), place * (CHUNK * CHUNK)
     writer_a = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP)
     writer_k = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP)
-    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
-    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
-    dc, d_read, read, value = _inside(
-        v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
-        V, BLOCK_V, CHUNK, LP, PRECISION,
-    )
+    ra = get_block(read_a + square, rows, rows, CHUNK, CHUNK, LP)
+    rk = get_block(read_k + square, rows, rows, CHUNK, CHUNK, LP)
+    sa = get_block(solve_a + square, rows, rows, CHUNK, CHUNK, LP)
+    sk = get_block(solve_k + square, rows, rows, CHUNK, CHUNK, LP)
+    state = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    d_read = load_tile(d_reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    dc = load_tile(d + batch * d_b + start * d_t + head * d_h, d_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
 
-    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, writer_a, input_precision=PRECISION)
-    pairs = tl.where(earlier, tl.dot(d_read, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, writer_k, found, input_precision=PRECISION)
-    found = tl.dot(d_read, tl.trans(state), found, input_precision=PRECISION)
+    found = tl.dot(d_read, tl.trans(state), input_precision=PRECISION)
+    found = tl.dot(sa, writer_a, found, input_precision=PRECISION)
+    found = tl.dot(sk, writer_k, found, input_precision=PRECISION)
     x += batch * x_b + start * x_t + head * x_h
     row_gain = load_row(gain + head * K if gain is not None else None, first_key, 1.0, K, BLOCK_K)
     row_offset = load_row(offset + head * K if offset is not None else None, first_key, 0.0, K, BLOCK_K)
@@ -129,26 +148,28 @@ def _gentle_at(
     gained = get_block(readers + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32) * found
     d_log = -gained
 
-    pairs = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(read), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, writer_a, input_precision=PRECISION)
-    pairs = tl.where(up_to(CHUNK), tl.dot(dc, tl.trans(value), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, writer_k, found, input_precision=PRECISION)
-    found = tl.dot(dc, tl.trans(state), found, input_precision=PRECISION)
+    found = tl.dot(dc, tl.trans(state), input_precision=PRECISION)
+    found = tl.dot(ra, writer_a, found, input_precision=PRECISION)
+    found = tl.dot(rk, writer_k, found, input_precision=PRECISION)
     store_tile(dq + row * K, heads * K, first_key, left, found * (tl.exp2(since_middle) * scale), CHUNK, K, BLOCK_K)
     gained += get_block(queries + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32) * found
 
+    # What is multiplied number by number is read again rather than held.
+    query = get_block(queries + tile, rows, ck, K, BLOCK_K, LP)
+    reader = get_block(readers + tile, rows, ck, K, BLOCK_K, LP)
+    d_state = _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP)
+    read = load_tile(reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    value = load_tile(v + batch * v_b + start * v_t + head * v_h, v_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
     around = _state_at(starts + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP).to(tl.float32)
     around *= _state_at(ends + place * (K * V), first_key, K, V, BLOCK_K, BLOCK_V, LP).to(tl.float32)
     d_log += tl.sum(around, 1)[None, :]
     fade = tl.exp2(-since_middle)
-    writer = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
     # Pairs that pass over the chunk's end are summed as they are; gained is for those inside and over its start.
+    writer = get_block(writers_a + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
     past = writer * tl.dot(read, tl.trans(d_state), input_precision=PRECISION)
     d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
-    pairs = tl.where(from_on(CHUNK), tl.dot(read, tl.trans(dc), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, query, input_precision=PRECISION)
-    pairs = tl.where(after(CHUNK), tl.dot(read, tl.trans(d_read), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, reader, found, input_precision=PRECISION)
+    found = tl.dot(tl.trans(ra), query, input_precision=PRECISION)
+    found = tl.dot(tl.trans(sa), reader, found, input_precision=PRECISION)
     gained -= writer * found
     found = tl.dot(read, tl.trans(d_state), found, input_precision=PRECISION)
     store_tile(da + row * K, heads * K, first_key, left, found * fade, CHUNK, K, BLOCK_K)
@@ -156,10 +177,8 @@ def _gentle_at(
     writer = get_block(writers_k + tile, rows, ck, K, BLOCK_K, LP).to(tl.float32)
     past = writer * tl.dot(value, tl.trans(d_state), input_precision=PRECISION)
     d_log = tl.dot(earlier.to(LP), past.to(LP), d_log, input_precision=PRECISION)
-    pairs = tl.where(from_on(CHUNK), tl.dot(value, tl.trans(dc), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, query, input_precision=PRECISION)
-    pairs = tl.where(after(CHUNK), tl.dot(value, tl.trans(d_read), input_precision=PRECISION), 0.0).to(LP)
-    found = tl.dot(pairs, reader, found, input_precision=PRECISION)
+    found = tl.dot(tl.trans(rk), query, input_precision=PRECISION)
+    found = tl.dot(tl.trans(sk), reader, found, input_precision=PRECISION)
     gained -= writer * found
     found = tl.dot(value, tl.trans(d_state), found, input_precision=PRECISION)
     store_tile(dk + row * K, heads * K, first_key, left, found * fade, CHUNK, K, BLOCK_K)
@@ -173,8 +192,17 @@ def _gentle_at(
 
 
 @triton.jit
+def _symmetric(pairs, rows, CHUNK: tl.constexpr, LP: tl.constexpr):
+    """A lower triangular matrix with its transpose above the diagonal, and its diagonal as a column."""
+    lower = get_block(pairs, rows, rows, CHUNK, CHUNK, LP)
+    upper = tl.load(pairs + rows[None, :] * CHUNK + rows[:, None]).to(LP)
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], lower.to(tl.float32), 0.0), 1)
+    return tl.where(rows[:, None] > rows[None, :], lower, upper), own[:, None]
+
+
+@triton.jit
 def _exact_at(
-    q, k, a, b, v, x, gain, offset, d, scores, inverse, reads, d_reads, starts, ends,
+    q, k, a, b, v, x, gain, offset, d, read_a, read_k, solve_a, solve_k, reads, d_reads, starts, ends,
     dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
@@ -186,21 +214,15 @@ def _exact_at(
     earlier = rows[:, None] > rows[None, :]
     same = rows[:, None] == rows[None, :]
     row = (batch * tokens + start) * heads + head
-    dc, d_read, read, value = _inside(
-        v, d, reads, d_reads, scores, inverse, heads, head, place, row, batch, start, left, v_b, v_t, v_h, d_b, d_t, d_h,
-        V, BLOCK_V, CHUNK, LP, PRECISION,
-    )
-    # Each with its transpose above the diagonal.
-    read_a = tl.dot(dc, tl.trans(read), input_precision=PRECISION)
-    own_a = tl.sum(tl.where(same, read_a, 0.0), 1)[:, None]
-    read_a = tl.where(earlier, read_a, tl.dot(read, tl.trans(dc), input_precision=PRECISION)).to(LP)
-    read_k = tl.dot(dc, tl.trans(value), input_precision=PRECISION)
-    own_k = tl.sum(tl.where(same, read_k, 0.0), 1)[:, None]
-    read_k = tl.where(earlier, read_k, tl.dot(value, tl.trans(dc), input_precision=PRECISION)).to(LP)
-    solve_a = tl.dot(d_read, tl.trans(read), input_precision=PRECISION)
-    solve_a = tl.where(earlier, solve_a, tl.dot(read, tl.trans(d_read), input_precision=PRECISION)).to(LP)
-    solve_k = tl.dot(d_read, tl.trans(value), input_precision=PRECISION)
-    solve_k = tl.where(earlier, solve_k, tl.dot(value, tl.trans(d_read), input_precision=PRECISION)).to(LP)
+    square = place * (CHUNK * CHUNK)
+    dc = load_tile(d + batch * d_b + start * d_t + head * d_h, d_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    d_read = load_tile(d_reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    read = load_tile(reads + row * V, heads * V, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    value = load_tile(v + batch * v_b + start * v_t + head * v_h, v_t, 0, left, CHUNK, V, BLOCK_V).to(LP)
+    ra, own_a = _symmetric(read_a + square, rows, CHUNK, LP)
+    rk, own_k = _symmetric(read_k + square, rows, CHUNK, LP)
+    sa, _ = _symmetric(solve_a + square, rows, CHUNK, LP)
+    sk, _ = _symmetric(solve_k + square, rows, CHUNK, LP)
     q += batch * q_b + start * q_t + head * q_h
     k += batch * k_b + start * k_t + head * k_h
     a += batch * a_b + start * a_t + head * a_h
@@ -242,26 +264,26 @@ def _exact_at(
             fade = tl.exp2(decay_sums(weights, high, low, ONE_HALF, LP))
             fade_b = tl.exp2(decay_sums(weights & (same == 0), high, low, ONE_HALF, LP))
             both = operand(tl.where(is_late, tile_q, tile_a) * fade, LP, PRECISION)
-            found = tl.dot(tl.where(apart, read_a, tl.zeros_like(read_a)), both, input_precision=PRECISION)
+            found = tl.dot(tl.where(apart, ra, tl.zeros_like(ra)), both, input_precision=PRECISION)
             gained = both.to(tl.float32) * found
             found *= fade
             dq_c += tl.where(is_late, found, 0.0)
             da_c += tl.where(is_late, 0.0, found)
             both = operand(tl.where(is_late, tile_q, tile_k) * fade, LP, PRECISION)
-            found = tl.dot(tl.where(apart, read_k, tl.zeros_like(read_k)), both, input_precision=PRECISION)
+            found = tl.dot(tl.where(apart, rk, tl.zeros_like(rk)), both, input_precision=PRECISION)
             gained += both.to(tl.float32) * found
             found *= fade
             dq_c += tl.where(is_late, found, 0.0)
             dk_c += tl.where(is_late, 0.0, found)
             d_log = tl.dot(between.to(LP), gained.to(LP), d_log, input_precision=PRECISION)
             both = operand(tl.where(is_late, tile_b, tile_a) * fade_b, LP, PRECISION)
-            found = tl.dot(tl.where(apart, solve_a, tl.zeros_like(solve_a)), both, input_precision=PRECISION)
+            found = tl.dot(tl.where(apart, sa, tl.zeros_like(sa)), both, input_precision=PRECISION)
             gained = both.to(tl.float32) * found
             found *= fade_b
             db_c += tl.where(is_late, found, 0.0)
             da_c += tl.where(is_late, 0.0, found)
             both = operand(tl.where(is_late, tile_b, tile_k) * fade_b, LP, PRECISION)
-            found = tl.dot(tl.where(apart, solve_k, tl.zeros_like(solve_k)), both, input_precision=PRECISION)
+            found = tl.dot(tl.where(apart, sk, tl.zeros_like(sk)), both, input_precision=PRECISION)
             gained += both.to(tl.float32) * found
             found *= fade_b
             db_c += tl.where(is_late, found, 0.0)
@@ -281,8 +303,9 @@ def _exact_at(
 
 @triton.jit(do_not_specialize=["slope", "scale", "tokens", "heads", "sequences", "search_steps", "slots"])
 def gradients_kernel(
-    q, k, a, b, v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends,
-    cu, flags, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, sequences, search_steps, slots,
+    q, k, a, b, v, x, gain, offset, d, queries, readers, writers_a, writers_k, read_a, read_k, solve_a, solve_k, reads,
+    d_reads, starts, ends, cu, flags, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, sequences,
+    search_steps, slots,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
     KIND: tl.constexpr, ONE_HALF: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
@@ -304,7 +327,7 @@ def gradients_kernel(
                 wanted = tl.load(flags + place) != 0
             if wanted:
                 _exact_at(
-                    q, k, a, b, v, x, gain, offset, d, scores, inverse, reads, d_reads, starts, ends,
+                    q, k, a, b, v, x, gain, offset, d, read_a, read_k, solve_a, solve_k, reads, d_reads, starts, ends,
                     dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left,
                     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
                     K, V, BLOCK_K, BLOCK_V, CHUNK, LEVELS, KIND, ONE_HALF, LP, PRECISION,
@@ -317,9 +340,9 @@ def gradients_kernel(
         if tl.load(flags + place) != 0:
             return
         _gentle_at(
-            v, x, gain, offset, d, queries, readers, writers_a, writers_k, scores, inverse, reads, d_reads, starts, ends,
-            dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left, slice_k,
-            v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
+            v, x, gain, offset, d, queries, readers, writers_a, writers_k, read_a, read_k, solve_a, solve_k, reads, d_reads,
+            starts, ends, dq, dk, da, db, dx, d_gain, d_offset, slope, scale, tokens, heads, head, place, batch, start, left,
+            slice_k, v_b, v_t, v_h, x_b, x_t, x_h, d_b, d_t, d_h,
             K, V, BLOCK_K, BLOCK_V, CHUNK, KIND, ONE_HALF, LP, PRECISION,
         )
 # fmt: on
