@@ -19,6 +19,7 @@ FLA = {
     "delta_none": ("chunk_delta_rule",),
     "delta_scalar": ("chunk_gated_delta_rule",),
     "delta_vector": ("chunk_kda", "chunk_dplr_delta_rule"),
+    "delta_general": ("chunk_dplr_delta_rule",),
 }
 # At least this many times as fast as a rival, forward and backward, shape by shape as in SHAPES or DELTA_SHAPES.
 FASTER = {
@@ -29,6 +30,7 @@ FASTER = {
     ("delta_scalar", "chunk_gated_delta_rule"): (2.1, 1.6),
     ("delta_vector", "chunk_kda"): (3.0, 2.0),
     ("delta_vector", "chunk_dplr_delta_rule"): (3.0, 2.0),
+    ("delta_general", "chunk_dplr_delta_rule"): (3.0, 2.0),
 }
 WITHIN_FLOOR = {"scalar": 1.7, "vector": 2.2}  # times the floor at the first shape
 VALUE_ERROR, DECAY_ERROR, OVER_FLA = 6e-3, 1e-2, 1.25
@@ -58,7 +60,8 @@ def _speed(document: Record, kind: str) -> Iterator[Record]:
 def _errors(document: Record, kind: str) -> Iterator[Record]:
     for name in _ours(kind):
         rows = _rows(document, kind, name)
-        yield _claim(f"{kind}, {name}: error of o, dq, dk, dv", VALUE_ERROR, _largest(rows, lambda e: worst(e, VALUES)))
+        named = "o, dq, dk, dv, da, db" if kind == "delta_general" else "o, dq, dk, dv"
+        yield _claim(f"{kind}, {name}: error of {named}", VALUE_ERROR, _largest(rows, lambda e: worst(e, VALUES)))
         yield _claim(f"{kind}, {name}: error of the decay's gradients", DECAY_ERROR, _largest(rows, decay_error))
     ours = _rows(document, kind, OURS)
     for peer in FLA[kind]:

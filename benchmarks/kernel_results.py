@@ -21,7 +21,7 @@ OURS = "ours"
 Record = dict[str, Any]
 # Where one decay has several inputs, its worst gradient counts as that of log λ; β's counts among them.
 DECAY_GRADIENTS = ("dg", "df", "dgain", "doffset", "dbeta")
-VALUES = ("o", "dq", "dk", "dv")
+VALUES = ("o", "dq", "dk", "dv", "da", "db")
 # A right kernel in 16 bits is below 1e-2, a wrong one near 1.
 WRONG = 5e-2
 

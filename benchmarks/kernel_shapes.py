@@ -17,7 +17,8 @@ TENSOR_TFLOP_S = {"H100": 790.0, "H200": 790.0}
 SCALAR_DECAY_BYTES = 4  # log λ per head and token is fp32 for everyone
 BETA_BYTES = 4  # so is β
 DECAY_CLASSES = ("scalar", "vector")
-DELTA_CLASSES = ("delta_none", "delta_scalar", "delta_vector")
+DELTA_CLASSES = ("delta_none", "delta_scalar", "delta_vector", "delta_general")
+VECTOR_CLASSES = ("vector", "delta_vector", "delta_general")  # with one λ per key channel
 CLASSES = DECAY_CLASSES + DELTA_CLASSES
 SOFTMAX = "softmax"
 
@@ -114,9 +115,10 @@ class Roofline:
 def compulsory_bytes(shape: Shape, kind: str, element_bytes: int = 2) -> tuple[int, int]:
     """Bytes that must move in the forward and in the backward pass. kind: one of CLASSES, or softmax."""
     per_head = 0 if kind in ("delta_none", SOFTMAX) else SCALAR_DECAY_BYTES
-    decay = shape.key_dim * element_bytes if kind in ("vector", "delta_vector") else per_head
-    decay += BETA_BYTES if kind in DELTA_CLASSES else 0
-    inputs = (2 * shape.key_dim + shape.value_dim) * element_bytes + decay
+    decay = shape.key_dim * element_bytes if kind in VECTOR_CLASSES else per_head
+    general = kind == "delta_general"  # a and b as wide as a key, instead of β
+    decay += BETA_BYTES if kind in DELTA_CLASSES and not general else 0
+    inputs = ((4 if general else 2) * shape.key_dim + shape.value_dim) * element_bytes + decay
     output = shape.value_dim * element_bytes
     heads = shape.batch * shape.tokens * shape.heads
     return heads * (inputs + output), heads * (inputs + output + inputs)

@@ -28,7 +28,7 @@ import torch
 from benchmarks import kernel_host
 from benchmarks.kernel_contestants import CONTESTANTS, Contestant, Inputs, NotHere, Problem, inputs
 from benchmarks.kernel_results import OURS
-from benchmarks.kernel_shapes import DELTA_CLASSES, Shape, error_shape, short_shape
+from benchmarks.kernel_shapes import DELTA_CLASSES, VECTOR_CLASSES, Shape, error_shape, short_shape
 from benchmarks.kernel_tuning import FEW, Tuning, is_fault
 
 MIB = 2**20
@@ -60,7 +60,7 @@ class Worker:
 
     def inputs(self, shape: Shape) -> Inputs:
         """For this task's class, dtype and decay."""
-        vector = self.kind in ("vector", "delta_vector")
+        vector = self.kind in VECTOR_CLASSES
         return inputs(shape, vector, DTYPES[self.spec["dtype"]], self.device, self.spec["decay"], kind=self.kind)
 
     def wait(self) -> None:
@@ -104,6 +104,7 @@ def first(worker: Worker) -> None:
     if worker.contestant.name == OURS:
         given = worker.inputs(error_shape(shape))
         explain = seam.explain_delta_scan if worker.kind in DELTA_CLASSES else seam.explain_decay_scan
+        explain = seam.explain_dplr_scan if worker.kind == "delta_general" else explain
         worker.remark(f"{worker.kind}: {explain(given.q, given.v, None if worker.kind == 'delta_none' else given.log_decay)}")
     if note:
         worker.remark(note)

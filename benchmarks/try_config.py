@@ -2,7 +2,7 @@
 
 What is unusual: a configuration can crash, and an illegal memory access ends a process's use of its GPU. So this is a process
 that is asked job by job and may die of one; who asks (tune_kernels.py) starts another.
-Source: the limits are those of tests/kernels/test_triton_gpu.py and test_triton_gpu_delta.py.
+Source: the limits are those of tests/kernels/test_triton_gpu.py, test_triton_gpu_delta.py and test_triton_gpu_dplr.py.
 """
 
 from __future__ import annotations
@@ -115,12 +115,18 @@ def timed(job: Job) -> Finding:
 
 
 def inputs(job: Job, formula: str) -> tuple[list[Tensor], Tensor]:
-    """([q, k, v, x, gain, offset], do), in the delta rule with β after v: the same for every configuration."""
+    """([q, k, v, x, gain, offset], do), in the delta rule with β after v, in general with a and b there: the same for every
+    configuration."""
     tensors, do = _decay_inputs(job, formula)
     if _delta(job.granularity):
         generator = torch.Generator(_device()).manual_seed(1)
         tensors[1] = torch.nn.functional.normalize(tensors[1].float(), dim=-1).bfloat16()
-        tensors.insert(3, 2 * torch.randn(job.shape, generator=generator, device=_device()).sigmoid())
+        if _general(job.granularity):  # a = −η ⊙ b with η from 0 to 1 per channel: nothing grows
+            noise = (torch.randn(tensors[1].shape, generator=generator, device=_device()) for _ in range(2))
+            b, share = torch.nn.functional.normalize(next(noise), dim=-1), next(noise).sigmoid()
+            tensors[3:3] = [(-share * b).bfloat16(), b.bfloat16()]
+        else:
+            tensors.insert(3, 2 * torch.randn(job.shape, generator=generator, device=_device()).sigmoid())
     return tensors, do
 
 
@@ -131,7 +137,7 @@ def _decay_inputs(job: Job, formula: str) -> tuple[list[Tensor], Tensor]:
         return torch.randn(shape, generator=generator, device=_device())
 
     q, k, v, do = (normal(*job.shape, n).bfloat16() for n in (job.key_dim, job.key_dim, job.value_dim, job.value_dim))
-    vector = job.granularity.endswith("vector")
+    vector = job.granularity.endswith("vector") or _general(job.granularity)
     width = (job.key_dim,) if vector else ()
     x = normal(*job.shape, *width)
     if formula == "softplus":  # rates up to 16, as Mamba2 starts
@@ -157,8 +163,13 @@ def _delta(granularity: str) -> bool:
     return granularity.startswith("delta")
 
 
+def _general(granularity: str) -> bool:
+    return granularity == "delta_general"
+
+
 def _names(granularity: str) -> tuple[str, ...]:
-    return ("dq", "dk", "dv", *(("dbeta",) if _delta(granularity) else ()), "dx", "dgain", "doffset")
+    own = ("da", "db") if _general(granularity) else ("dbeta",) if _delta(granularity) else ()
+    return ("dq", "dk", "dv", *own, "dx", "dgain", "doffset")
 
 
 def _scan(tensors: list[Tensor], formula: str, granularity: str) -> Tensor:
@@ -167,16 +178,20 @@ def _scan(tensors: list[Tensor], formula: str, granularity: str) -> Tensor:
     from kernels.decay_source import DecaySource
     from kernels.delta_scan_chunked import delta_scan_chunked
     from kernels.delta_scan_triton import delta_scan_triton
+    from kernels.dplr_scan_chunked import dplr_scan_chunked
+    from kernels.dplr_scan_triton import dplr_scan_triton
 
     q, k, v, *others = tensors
-    beta = others.pop(0) if _delta(granularity) else None
+    own = [others.pop(0) for _ in range(2 if _general(granularity) else 1 if _delta(granularity) else 0)]
     x, *parameters = others
     source = DecaySource(x=x)
     if formula == "softplus":
         source = DecaySource(x=x, kind="softplus", gain=parameters[0], offset=parameters[1])
     plain = q.dtype == torch.float64
-    if beta is not None:  # written as the paper's runs do
-        return (delta_scan_chunked if plain else delta_scan_triton)(q, k, v, beta, source, granularity == "delta_scalar")[0]
+    if _general(granularity):
+        return (dplr_scan_chunked if plain else dplr_scan_triton)(q, k, v, *own, source)[0]
+    if _delta(granularity):  # written as the paper's runs do
+        return (delta_scan_chunked if plain else delta_scan_triton)(q, k, v, *own, source, granularity == "delta_scalar")[0]
     return (decay_scan_chunked if plain else decay_scan_triton)(q, k, v, source)[0]
 
 

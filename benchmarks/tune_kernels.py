@@ -31,7 +31,8 @@ from try_config import REPEATS, Finding, Job, serve
 
 from decay_core import kernel_seam
 
-CLASSES = ("scalar", "vector", "delta_scalar", "delta_vector")
+CLASSES = ("scalar", "vector", "delta_scalar", "delta_vector", "delta_general")
+LAUNCHERS = {"delta_scalar": "triton_delta", "delta_general": "triton_dplr"}  # others are named as their class
 SHAPES = "64x64,128x64,128x128,32x32,64x128,256x64,256x128,256x256"  # in order of importance: K x V
 TOKENS, HEADS = 2048, 16
 BATCH_WIDTH = 32 * 128  # batch times (K + V): as much memory for every shape
@@ -94,7 +95,7 @@ class Tried:
 
 def candidates(granularity: str, dims: tuple[int, int], only: str) -> list[tuple[str, Job]]:
     """(label, job) of what the launcher proposes; the label says where it differs from the default."""
-    launcher = importlib.import_module(f"kernels.triton_{granularity.removesuffix('_scalar')}")
+    launcher = importlib.import_module(f"kernels.{LAUNCHERS.get(granularity, f'triton_{granularity}')}")
     default = asdict(launcher.default_config(*dims, torch.bfloat16))
     proposed = [asdict(config) for config in launcher.candidates(*dims, torch.bfloat16)]
     configs = [default, *(config for config in proposed if config != default)]

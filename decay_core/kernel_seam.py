@@ -155,3 +155,34 @@ def explain_delta_configuration(
     """As explain_configuration, of `delta_scan`."""
     found: tuple[str, str] | None = _SELECTOR.delta_configuration(q_bthk, v_bthv, decay)
     return found
+
+
+def dplr_scan(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+    v_bthv: Tensor,
+    a_bthk: Tensor,
+    b_bthk: Tensor,
+    decay: Tensor | DecaySource | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence S_t = (diag(λ_t) + a_t b_tᵀ) S_{t-1} + k_t v_tᵀ, o_t = scale · S_tᵀ q_t by the fastest implementation
+    there is for these tensors.
+
+    decay: natural log of λ, (B, T, H, K), the DecaySource that makes it, or None for λ = 1. The rest, and what is returned, is
+    as in decay_scan. Source: kernels/dplr_scan_naive.py is the definition.
+    """
+    with torch.autocast(q_bthk.device.type, enabled=False):
+        scan = _SELECTOR.dplr_scan_for(q_bthk, v_bthv, decay)
+        options = (initial_state, output_final_state, scale, cu_seqlens, exact)
+        o_bthv, state = scan(q_bthk, k_bthk, v_bthv, a_bthk, b_bthk, decay, *options)
+    return o_bthv, state
+
+
+def explain_dplr_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None = None) -> str:
+    """One line: which implementation `dplr_scan` would take for these tensors, and why."""
+    return str(_SELECTOR.select_dplr_scan(q_bthk, v_bthv, decay))

@@ -2,7 +2,7 @@
 
 What is unusual: shapes, dtypes and devices are looked at always, values never, since that would make the host wait for the
 device; with DECAY_DEBUG=1 in the environment values are looked at too.
-Source: the signatures in decay_scan_naive.py and delta_scan_naive.py.
+Source: the signatures in decay_scan_naive.py, delta_scan_naive.py and dplr_scan_naive.py.
 """
 
 from __future__ import annotations
@@ -63,6 +63,32 @@ def check_delta_scan(
     if beta.shape != q.shape[:3]:
         _refuse("beta", beta, f"is not {tuple(q.shape[:3])}", "give one number per head and token; .expand() a constant")
     _check_all(named, decay, ("beta", "decay"), scale, cu_seqlens)
+
+
+def check_dplr_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    decay: Tensor | DecaySource | None,
+    initial_state: Tensor | None = None,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """The same for the general DPLR scans, whose a and b are as k, and whose decay, one λ per key channel, may be None."""
+    x = decay.x if isinstance(decay, DecaySource) else decay
+    named = {"q": q, "k": k, "v": v, "a": a, "b": b, "decay": x, "initial_state": initial_state}
+    if isinstance(decay, DecaySource):
+        _check_source(decay)
+        named |= {"decay.gain": decay.gain, "decay.offset": decay.offset}
+    _check_shapes(q, k, v, q if x is None else x)
+    for name, tensor in (("a", a), ("b", b)):
+        if tensor.shape != q.shape:
+            _refuse(name, tensor, f"differs from q's {_shape(q)}", "give it as (B, T, H, K)")
+    if x is not None and x.dim() != 4:
+        _refuse("decay", x, f"is not {_shape(q)}, one λ per key channel", "give x[..., None].expand(q.shape)")
+    _check_all(named, decay, ("decay",), scale, cu_seqlens)
 
 
 def _check_all(
@@ -158,7 +184,7 @@ def _check_dtypes(given: dict[str, Tensor], widening: tuple[str, ...]) -> None:
     q, wide = given["q"], torch.promote_types(given["q"].dtype, torch.float32)
     for name in widening:
         wide = torch.promote_types(wide, given[name].dtype) if name in given else wide
-    for name in ("k", "v", "initial_state"):
+    for name in ("k", "v", "a", "b", "initial_state"):
         tensor = given.get(name)
         if tensor is None:
             continue

@@ -24,6 +24,8 @@ from kernels.decay_source import DecaySource
 from kernels.delta_scan_chunked import CHUNK as DELTA_CHUNK
 from kernels.delta_scan_chunked import delta_scan_chunked
 from kernels.delta_scan_naive import delta_scan_naive
+from kernels.dplr_scan_chunked import dplr_scan_chunked
+from kernels.dplr_scan_naive import dplr_scan_naive
 from kernels.gated_norm_naive import gated_norm_naive
 from kernels.triton_toolchain import choose_ptxas, on_hopper
 
@@ -34,6 +36,7 @@ Scan = Callable[..., Any]
 Found = tuple[Scan | None, str | None, str | None]
 _DECAY_SCANS: dict[str, Scan] = {"naive": decay_scan_naive, "chunked": decay_scan_chunked}
 _DELTA_SCANS: dict[str, Scan] = {"naive": delta_scan_naive, "chunked": delta_scan_chunked}
+_DPLR_SCANS: dict[str, Scan] = {"naive": dplr_scan_naive, "chunked": dplr_scan_chunked}
 _said: set[str] = set()
 _taken: dict[tuple[Any, ...], None] = {}  # in order
 log = logging.getLogger(__name__)
@@ -203,6 +206,26 @@ def delta_configuration(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySou
     return _fields(config), origin
 
 
+def _dplr_scan(q_bthk: Tensor, v_bthv: Tensor) -> tuple[str, Scan, str | None]:
+    """As _decay_scan, of the general DPLR scan, whose kernels wait to be asked for as those of the delta rule do."""
+    if os.environ.get(OVERRIDE) is None:
+        refusal = f"the general DPLR's Triton kernels run where {OVERRIDE}=triton asks for them" if _wanted(q_bthk) else None
+        return "chunked", dplr_scan_chunked, refusal
+    return _chosen("DPLR scan", _DPLR_SCANS, q_bthk, lambda: _triton_dplr_scan(q_bthk, v_bthv))
+
+
+def select_dplr_scan(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Choice:
+    """Returns the general DPLR scan for these tensors; raises ValueError when DECAY_KERNEL names no implementation."""
+    found = _dplr_scan(q_bthk, v_bthv)
+    what = _described(q_bthk, v_bthv, decay.x if isinstance(decay, DecaySource) else decay)
+    return Choice(recurrence="DPLR scan", name=found[0], scan=found[1], reason=_reason(found, what, DELTA_CHUNK))
+
+
+def dplr_scan_for(q_bthk: Tensor, v_bthv: Tensor, decay: Tensor | DecaySource | None) -> Scan:
+    """The scan that `select_dplr_scan` chooses, with a warning as in `decay_scan_for`."""
+    return _taking("DPLR scan", _dplr_scan(q_bthk, v_bthv), q_bthk, v_bthv, decay)
+
+
 def select_gated_norm(o_btd: Tensor, gate_btd: Tensor) -> Choice:
     """Returns the gate with its norm for these tensors: fused for 16-bit gates on Hopper, unless DECAY_KERNEL differs."""
     wanted = os.environ.get(OVERRIDE, "triton" if on_hopper(gate_btd) else "naive")
@@ -239,6 +262,19 @@ def _triton_delta_scan(q_bthk: Tensor, v_bthv: Tensor) -> Found:
     missing = absence(q_bthk.device)
     reason = missing or refusal(q_bthk, v_bthv)
     return (delta_scan_triton if reason is None else None), reason, missing
+
+
+def _triton_dplr_scan(q_bthk: Tensor, v_bthv: Tensor) -> Found:
+    """The same of the general DPLR scan."""
+    try:
+        from kernels.decay_scan_triton import absence, refusal
+        from kernels.dplr_scan_triton import dplr_scan_triton
+    except ImportError:
+        missing = "Triton is not installed"
+        return None, missing, missing
+    missing = absence(q_bthk.device)
+    reason = missing or refusal(q_bthk, v_bthv)
+    return (dplr_scan_triton if reason is None else None), reason, missing
 
 
 def _described(q_bthk: Tensor, v_bthv: Tensor, log_decay: Tensor | None) -> str:

@@ -16,7 +16,7 @@ import torch
 from benchmarks import kernels
 from benchmarks.kernel_claims import claims
 from benchmarks.kernel_contestants import CONTESTANTS, DECAYS, NotHere, inputs
-from benchmarks.kernel_delta_contestants import _dplr, delta_problem
+from benchmarks.kernel_delta_contestants import _dplr, _general, delta_problem
 from benchmarks.kernel_results import Results, failures, write
 from benchmarks.kernel_run import ROOT, gpu_name
 from benchmarks.kernel_shapes import (
@@ -24,6 +24,7 @@ from benchmarks.kernel_shapes import (
     DELTA_CLASSES,
     DELTA_SHAPES,
     SHAPES,
+    VECTOR_CLASSES,
     Roofline,
     Shape,
     WrongArgument,
@@ -275,9 +276,9 @@ def test_only_the_default_measurement_has_the_plain_name():
 @pytest.mark.parametrize(("name", "kind"), [*(("ours", kind) for kind in CLASSES), ("sdpa_flash", "scalar")])
 def test_a_contestants_gradients_are_those_of_its_own_definition(name, kind, decay):
     shape = Shape.of((1, 33, 2, 8, 8 if name == "sdpa_flash" else 16))
-    given = inputs(shape, kind in ("vector", "delta_vector"), torch.float32, "cpu", decay, kind=kind)
+    given = inputs(shape, kind in VECTOR_CLASSES, torch.float32, "cpu", decay, kind=kind)
     problem = CONTESTANTS[name].problem(given)
-    assert ("beta" in problem.leaves) == (kind in DELTA_CLASSES)
+    assert ("beta" in problem.leaves) == (kind in DELTA_CLASSES and kind != "delta_general")
     wide = {key: leaf.detach().double().requires_grad_() for key, leaf in problem.leaves.items()}
     o = problem.reference(wide)
     right = (o, *torch.autograd.grad(o, list(wide.values()), problem.do.double()))
@@ -287,10 +288,11 @@ def test_a_contestants_gradients_are_those_of_its_own_definition(name, kind, dec
 
 def test_the_delta_rule_written_with_a_and_b_is_the_delta_rule():
     given = inputs(Shape.of((2, 9, 3, 4, 5)), True, torch.float64, "cpu", kind="delta_vector")
-    erase = -given.beta.double()[..., None] * given.log_decay.exp() * given.k
-    x = {"q": given.q, "k": given.k, "v": given.v, "a": erase, "b": given.k, "g": given.log_decay}
+    x = _general(given)
     wanted = delta_problem(given).reference({**x, "beta": given.beta})
-    assert (_dplr(x, 1.0) - wanted).norm() <= 1e-12 * wanted.norm()
+    assert (_dplr(x, 1.0) - wanted).norm() <= 1e-6 * wanted.norm()  # a and b are made in fp32
+    other = _general(inputs(Shape.of((2, 9, 3, 4, 5)), True, torch.float64, "cpu", kind="delta_general"))
+    assert (_dplr(other, 1.0) - wanted).norm() > 0.1 * wanted.norm()
 
 
 def test_the_delta_rule_has_shapes_of_its_own_and_is_asked_for():

@@ -77,10 +77,11 @@ def test_labels_say_what_differs_from_the_default():
 
 @pytest.mark.parametrize("granularity", tune_kernels.CLASSES)
 def test_every_candidate_is_a_configuration_and_none_comes_twice(granularity):
-    from kernels import decay_scan_triton, delta_scan_triton
+    from kernels import decay_scan_triton, delta_scan_triton, dplr_scan_triton
     from kernels.tuned import made
 
-    config_class = (delta_scan_triton if granularity.startswith("delta") else decay_scan_triton).config_class
+    operators = delta_scan_triton if granularity.startswith("delta") else decay_scan_triton
+    config_class = (dplr_scan_triton if granularity == dplr_scan_triton.GRANULARITY else operators).config_class
 
     for dims in ((64, 64), (128, 64), (256, 256)):
         jobs = tune_kernels.candidates(granularity, dims, "")

@@ -81,8 +81,9 @@ def test_a_configuration_of_other_types_is_refused(config):
 
 def test_every_row_of_our_table_fits_its_launcher():
     pytest.importorskip("triton", reason="Triton is for Linux")
-    from kernels import decay_scan_triton, delta_scan_triton
+    from kernels import decay_scan_triton, delta_scan_triton, dplr_scan_triton
 
     for row in rows(tuned.TABLE).values():
         operators = delta_scan_triton if row.granularity.startswith("delta") else decay_scan_triton
+        operators = dplr_scan_triton if row.granularity == dplr_scan_triton.GRANULARITY else operators
         made(operators.config_class(row.granularity), row.config, str(row.key))
