@@ -6,11 +6,9 @@ computes everything and prints it, the tests read it. bf16 and compiling to a GP
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from interpreted import run_as_script
 
 GRANULARITIES = ["scalar", "vector"]
 FORMULAS = ["log", "simple", "mamba2", "gla", "hgrn2"]
@@ -41,12 +39,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def found():
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+    return run_as_script(__file__)
 
 
 @pytest.mark.parametrize("case", cases())

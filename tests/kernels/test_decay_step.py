@@ -5,12 +5,9 @@ script) and prints what it found; the tests read it.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from interpreted import run_as_script
 
 KINDS = ["log", "softplus", "softplus with gain and offset", "floor"]
 SHAPES = {"64": (64, 64), "wide keys": (256, 32), "wide values": (32, 256), "multiples of 8": (40, 24)}
@@ -19,11 +16,7 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def found():
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    ran = subprocess.run([sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+    return run_as_script(__file__)
 
 
 @pytest.mark.parametrize("kind", KINDS)

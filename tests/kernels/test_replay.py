@@ -185,7 +185,8 @@ def test_what_nothing_needs_any_more_is_let_go(add, monkeypatch):
         return (x,)
 
     def counted(*arguments):
-        gc.collect()
+        if len(alive) >= 24:  # of the last call, done from its list
+            gc.collect()
         alive.append(sum(type(y) is torch.Tensor and y.shape == (7, 13) and not y.is_meta for y in gc.get_objects()))
         return original(*arguments)
 

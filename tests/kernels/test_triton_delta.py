@@ -7,7 +7,7 @@ computes everything and prints it, the tests read it. bf16 and compiling to a GP
 import json
 
 import pytest
-from vector_cases import run_as_script
+from interpreted import run_as_script
 
 GRANULARITIES = ["scalar", "vector"]
 # Relative norms. fp16 tells the products of fp16 operands that invert a chunk's system from those that do not.

@@ -6,14 +6,11 @@ a script) and prints their errors; the tests read them. Memory is filled with Na
 
 import json
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_as_script
 
 GRADIENTS = ["dq", "dk", "dv", "dx", "dgain", "doffset", "dinitial_state"]
 # Relative norm of the difference. The interpreter cuts bf16 off when it stores, hence more than rounding's 2^-9.
@@ -91,11 +88,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def errors():
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    ran = subprocess.run([sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return json.loads(ran.stdout)
+    return run_as_script(__file__)
 
 
 @pytest.mark.parametrize("name", cases())

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from vector_cases import Call, distance, run_as_script, tolerance
+from interpreted import run_as_script
+from vector_cases import Call, distance, tolerance
 
 TILES = {"walk_tiles": 2}
 CASES = {

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from vector_cases import Call, run_as_script, tolerance
+from interpreted import run_as_script
+from vector_cases import Call, tolerance
 
 LENGTHS = [0, 1, 17, 64, 65]
 SEGMENTS = {"segment": 64, "tokens": 200}  # of 128 and 72

@@ -1,18 +1,12 @@
 """One call of the vector-decay kernels, in Triton's interpreter, against the definition in float64: the errors of all results.
 
-Whether kernels are interpreted is settled when triton is imported. So a test file runs itself as a script, in a process of
-its own, which computes all of its cases and prints their errors; its tests read them. Memory is filled with NaN before a
-kernel writes to it. The interpreter knows no bf16 arithmetic, no tf32 and no races; the GPU tests are elsewhere.
+Test files that take it run themselves as scripts (interpreted.py). Memory is filled with NaN before a kernel writes to it.
+The interpreter knows no bf16 arithmetic, no tf32 and no races; the GPU tests are elsewhere.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 DEFAULTS: dict[str, Any] = {
@@ -22,15 +16,6 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Relative norm of the difference. The interpreter cuts digits off where a GPU rounds to bf16.
 TOLERANCE = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}
-
-
-def run_as_script(path: str) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", path]
-    finished = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def tolerance(case: dict[str, Any], result: str) -> float:
