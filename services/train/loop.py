@@ -38,6 +38,7 @@ from services.train.finish import finish
 from services.train.job import TrialFailed, TrialJob, World
 from services.train.notice import NOTICE_S, Preempted, due
 from services.train.randomness import make_deterministic, seed_rank
+from services.train.saver import Saver
 from services.train.step_log import StepLog
 from services.train.telemetry import Telemetry, as_metrics, file_name, write_histogram
 
@@ -77,6 +78,7 @@ class Trainer:
         self.progress = Progress()
         self.log: StepLog | None = None
         self.fence: Fence | None = None
+        self.saver: Saver
         self._pending: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._clock = time.monotonic()
@@ -89,8 +91,12 @@ class Trainer:
         self._resume()
         self._announce()
         self._clock = time.monotonic()
-        while self.progress.step < self.recipe.steps:
-            self._step()
+        try:
+            while self.progress.step < self.recipe.steps:
+                self._step()
+            self.saver.wait()
+        finally:
+            self.saver.close()
         return finish(self)
 
     def _resume(self) -> None:
@@ -112,6 +118,7 @@ class Trainer:
             kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
         if self.fence is not None:
             self.log = StepLog(self.storage, self.fence, kept)
+        self.saver = Saver(self.engine, self.storage, self.world, self.fence, self.log)
 
     def _announce(self) -> None:
         """Says in the ledger that an attempt began: where, with which processes, from which step."""
@@ -176,17 +183,23 @@ class Trainer:
         self._clock = time.monotonic()
 
     def _leave_if_asked(self, step_seconds: float) -> None:
-        """Saves and raises Preempted when any rank has notice. Collective; also agrees how often to look from now on."""
+        """Saves and raises Preempted when any rank has notice. Collective; also agrees how often to look from now on.
+
+        Raises what stopped a checkpoint, on all ranks, as soon as one of them has seen it.
+        """
         reason, begun = due(self.study_storage, self.job.driver), time.monotonic()
-        agreed = torch.tensor([float(bool(reason)), step_seconds], device=self.world.device)
+        agreed = torch.tensor([float(bool(reason)), step_seconds, float(self.saver.failed)], device=self.world.device)
         if self.world.size > 1:
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        asked, slowest = agreed.tolist()
+        asked, slowest, broken = agreed.tolist()
+        if broken:
+            self.saver.wait()
         self._flush_every = max(1, min(LOG_EVERY, int(NOTICE_S / 6 / max(slowest, 1e-9))))
         if not asked or self.progress.step == self.recipe.steps:
             return
         if self._saved_step != self.progress.step:
             self._save()
+        self.saver.wait()
         if self.world.leads:
             said = reason or "another rank's node has notice"
             details = {"step": self.progress.step, "reason": said, "seconds": round(time.monotonic() - begun, 3)}
@@ -223,7 +236,6 @@ class Trainer:
     def _save(self) -> None:
         files = {}
         if self.log is not None:
-            self.log.flush_to_disk()
             files = {
                 "steps.jsonl": self.log.content(),
                 "deepspeed_config.json": json.dumps(self.engine.config, indent=1).encode(),
@@ -240,11 +252,11 @@ class Trainer:
                 "held_out_accuracy": progress.held_out_accuracy,
                 "held_out_sequence_accuracy": progress.held_out_sequence_accuracy,
                 "initial_profile": progress.initial_profile,
-                "histograms": progress.histograms,
+                "histograms": dict(progress.histograms),
                 "kernels": progress.kernels,
             },
         )
-        checkpoint.save(self.engine, self.storage, position, self.world, files, self.fence)
+        self.saver.save(position, files)
         self._saved_step = progress.step
 
     def kernels(self) -> list[str]:
