@@ -26,8 +26,9 @@ TRAINING = ("decay_core/recipe.py", "services/data/order.py", "services/train/en
 FREE = {
     "space", "sizes", "seeds", "vary", "match", "budget", "question", "storage", "data.workers", "resources.backend",
     "resources.max_concurrent_trials", "resources.max_failures", "resources.quarantine_after",
-    "resources.assumed_gflops_per_worker", "resources.cpus_per_worker", "tracking",
+    "resources.assumed_gflops_per_worker", "resources.cpus_per_worker", "resources.elastic", "tracking",
 }  # fmt: skip
+ELASTIC = {"resources.workers", "resources.micro_batch_size"}  # what may differ too where the study says resources.elastic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,9 @@ def check_unchanged(old: Manifest, plan: Plan) -> None:
     Raises StudyError naming the changed keys, or the trials that are no longer in the space.
     """
     before, after = _flat(filled(old.study)), _flat(resolved(plan.study))
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not _free(key))
+    allowed = ELASTIC if plan.study.resources.elastic else set()
+    every = (before.keys() | after.keys()) - allowed
+    changed = sorted(key for key in every if before.get(key) != after.get(key) and not _free(key))
     if changed:
         said = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

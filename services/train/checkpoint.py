@@ -72,19 +72,30 @@ def newest_valid(storage: Storage) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def load(engine: Engine, storage: Storage, name: str, complete: dict[str, Any], world: World) -> Position:
-    """Puts a checkpoint back on this rank: weights, optimizer shard, generators. Collective."""
+def load(
+    engine: Engine, storage: Storage, name: str, complete: dict[str, Any], world: World, elastic: bool = False
+) -> Position:
+    """Puts a checkpoint back on this rank: weights, optimizer shard, generators. Collective.
+
+    `elastic` allows one of another number of ranks. A rank that the writers had goes on with its generators; the others keep
+    those that their seed gave them. Raises TrialFailed.
+    """
     position = Position(**complete["position"])
-    if position.world_size != world.size:
+    other = position.world_size != world.size
+    if other and not elastic:
         raise TrialFailed(
             f"checkpoint {storage.root}/{FOLDER}/{name} was written by {position.world_size} ranks, this study asks for "
-            f"{world.size}; set resources.workers: {position.world_size}"
+            f"{world.size}; set resources.workers: {position.world_size}, or resources.elastic: true to go on with {world.size}"
         )
     copy: AbstractContextManager[Path] = storage.local_copy(f"{FOLDER}/{name}")
     with copy as folder:
         try:
-            restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
-            engine.load(str(folder), TAG)
+            if world.rank < position.world_size:
+                restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
+            if other:
+                engine.load_of_others(str(folder), TAG, position.world_size, world.rank)
+            else:
+                engine.load(str(folder), TAG)
         except pickle.UnpicklingError as error:
             raise TrialFailed(
                 f"checkpoint {storage.root}/{FOLDER}/{name} holds more than tensors and was refused (weights_only); "

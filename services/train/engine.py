@@ -24,6 +24,7 @@ from decay_core.model import DecayLinearTransformer
 from decay_core.recipe import Recipe, parameter_groups
 from services.study import faults
 from services.train.job import Resources, World
+from services.train.reshard import Shards, put
 
 LARGEST_BUCKET = 200_000_000  # elements; DeepSpeed's advice for one node
 LARGEST_PERSISTENT = 100_000  # elements; ZeRO-3 keeps smaller parameters whole (DeepSpeed's default, scaled to the model)
@@ -227,6 +228,15 @@ class Engine:
         if path is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed state")
 
+    def load_of_others(self, folder: str, tag: str, ranks: int, rank: int) -> None:
+        """Puts back what `ranks` ranks saved, on another number of them; collective. `rank` is this process's own."""
+        if self._zero0:  # nothing is sharded
+            self.load(folder, tag)
+            return
+        files = self.deepspeed.checkpoint_engine
+        shards = Shards(Path(folder, tag), ranks, self.config["zero_optimization"]["stage"], files.open)
+        put(self.deepspeed, shards, rank)
+
     def destroy(self) -> None:
         """Frees hooks and buffers that would otherwise outlive the trial."""
         self.deepspeed.destroy()
@@ -268,6 +278,11 @@ def _safe_checkpoint_engine() -> Any:
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location=map_location, weights_only=True)
+
+        def open(self, path: Path) -> Any:
+            """A file's content by memory map: only what is looked at is read."""
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     return SafeCheckpointEngine()
 

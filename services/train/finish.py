@@ -61,6 +61,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         weights_sha256=digest,
         order_hash=progress.order_hash,
         world_size=trainer.world.size,
+        world_sizes=tuple(progress.world_sizes),
         zero_stage=job.rank_resources.zero_stage,
         mlflow_run_id=None,
         held_out_accuracy=progress.held_out_accuracy,

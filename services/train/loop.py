@@ -62,6 +62,7 @@ class Progress:
     held_out_sequence_accuracy: float | None = None
     initial_profile: list[dict[str, float]] = field(default_factory=list)
     histograms: dict[str, str] = field(default_factory=dict)
+    world_sizes: list[int] = field(default_factory=list)  # the numbers of ranks that trained, one after the other
     kernels: list[str] = field(default_factory=list)  # which implementations computed the recurrences, over all attempts
 
 
@@ -113,9 +114,13 @@ class Trainer:
             self.progress.initial_profile = self.profile()
         else:
             name, complete = found[0]
-            position = checkpoint.load(self.engine, self.storage, name, complete, self.world)
+            elastic = self.job.rank_resources.elastic
+            position = checkpoint.load(self.engine, self.storage, name, complete, self.world, elastic)
             self.progress = Progress(step=position.step, order_hash=position.order_hash, **position.extra)
+            self.progress.world_sizes = self.progress.world_sizes or [position.world_size]  # earlier releases wrote none
             kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
+        if self.progress.world_sizes[-1:] != [self.world.size]:
+            self.progress.world_sizes.append(self.world.size)
         if self.fence is not None:
             self.log = StepLog(self.storage, self.fence, kept)
         self.saver = Saver(self.engine, self.storage, self.world, self.fence, self.log)
@@ -253,6 +258,7 @@ class Trainer:
                 "held_out_sequence_accuracy": progress.held_out_sequence_accuracy,
                 "initial_profile": progress.initial_profile,
                 "histograms": dict(progress.histograms),
+                "world_sizes": progress.world_sizes,
                 "kernels": progress.kernels,
             },
         )

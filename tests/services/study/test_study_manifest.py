@@ -97,6 +97,13 @@ def test_a_changed_key_is_named_with_both_values(study, started, change, said):
     assert f"has started with other values of {said}; change them back" in message
 
 
+def test_the_number_of_ranks_may_change_where_the_study_says_so_and_nothing_else_with_it(study, started):
+    check_unchanged(started, make_plan(study(resources={"elastic": True, "workers": 4, "micro_batch_size": 1})))
+    assert "resources.workers (2 -> 4)" in refused(check_unchanged, started, make_plan(study(resources={"workers": 4})))
+    also = {"elastic": True, "workers": 4, "zero_stage": 1}
+    assert "resources.zero_stage (0 -> 1)" in refused(check_unchanged, started, make_plan(study(resources=also)))
+
+
 def test_several_changed_keys_are_all_named(study, started):
     plan = make_plan(study(recipe={"lr": 0.5, "steps": 200}, resources={"workers": 1}))
     message = refused(check_unchanged, started, plan)
