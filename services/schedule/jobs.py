@@ -48,7 +48,7 @@ def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest, drive
         "method": trial.method,
         "varied": trial.varied,
         "seed": trial.seed,
-        "storage": storage.root,
+        "storage": storage.address,
         "config": trial.content["config"],
         "recipe": trial.content["recipe"],
         "data": {key: manifest.data[key] for key in ("digest", "path", "spec")},

@@ -337,4 +337,4 @@ def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[s
 
 def to_stderr(line: str) -> None:
     """Progress where it does not mix with a report on standard output."""
-    print(line, file=sys.stderr, flush=True)
+    print(without_password(line), file=sys.stderr, flush=True)

@@ -29,7 +29,8 @@ from services.study.storage import Storage, fsync_folder, write_atomically
 from services.train.engine import Engine
 from services.train.job import TrialFailed, World
 from services.train.randomness import restore_random_state
-from services.train.telemetry import damaged_histogram
+from services.train.telemetry import FOLDER as HISTOGRAMS
+from services.train.telemetry import read_histograms
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -181,7 +182,7 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
                     return f"{file} is missing or cut", {}
                 if sha256_of(path) != digest:
                     return f"{file} has other bytes than were written", {}
-        lost = damaged_histogram(storage, Position(**complete["position"]).extra.get("histograms", {}))
+        lost = _lost_histogram(storage, complete)
         if lost:
             return f"{lost} of before it is missing or damaged", {}
     except (ValueError, KeyError, TypeError) as error:
@@ -189,7 +190,21 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
     return "", complete
 
 
-def retain(storage: Storage) -> None:
-    """Keeps the newest KEPT checkpoints; an older one is removed only after the newer is committed."""
-    for name in _committed(storage)[:-KEPT]:
-        storage.delete(f"{FOLDER}/{name}")
+def _lost_histogram(storage: Storage, complete: dict[str, Any]) -> str:
+    """The first histogram that a checkpoint of an earlier release goes on from and that is lost; those of today hold copies."""
+    digests = Position(**complete["position"]).extra.get("histograms", {})
+    alone = {name: digest for name, digest in digests.items() if f"{HISTOGRAMS}/{name}" not in complete["files"]}
+    whole = read_histograms(storage, alone)
+    return next((f"{HISTOGRAMS}/{name}" for name in alone if name not in whole), "")
+
+
+def retain(storage: Storage, whole: set[str]) -> None:
+    """Keeps the newest KEPT of the checkpoints that are known to be `whole`, and removes all others before the newest.
+
+    A damaged one counts for nothing: with fewer than KEPT that are whole nothing is removed.
+    """
+    kept = sorted(whole)[-KEPT:]
+    if len(kept) == KEPT:
+        for name in _committed(storage):
+            if name not in kept and name < kept[-1]:
+                storage.delete(f"{FOLDER}/{name}")

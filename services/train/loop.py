@@ -8,6 +8,7 @@ the step log and the hash chain over sample ids; what follows is then equal bit 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -40,7 +41,8 @@ from services.train.notice import NOTICE_S, Preempted, due
 from services.train.randomness import make_deterministic, seed_rank
 from services.train.saver import Saver
 from services.train.step_log import StepLog
-from services.train.telemetry import Telemetry, as_metrics, file_name, write_histogram
+from services.train.telemetry import FOLDER as HISTOGRAMS
+from services.train.telemetry import Telemetry, as_metrics, file_name, histogram_file, mend_histograms, read_histograms
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10
@@ -80,6 +82,7 @@ class Trainer:
         self.log: StepLog | None = None
         self.fence: Fence | None = None
         self.saver: Saver
+        self.histograms: dict[str, bytes] = {}  # rank 0: every telemetry file so far, which checkpoints carry along
         self._pending: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._clock = time.monotonic()
@@ -119,11 +122,24 @@ class Trainer:
             self.progress = Progress(step=position.step, order_hash=position.order_hash, **position.extra)
             self.progress.world_sizes = self.progress.world_sizes or [position.world_size]  # earlier releases wrote none
             kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
+            if self.fence is not None:
+                self._take_histograms(name)
         if self.progress.world_sizes[-1:] != [self.world.size]:
             self.progress.world_sizes.append(self.world.size)
         if self.fence is not None:
             self.log = StepLog(self.storage, self.fence, kept)
         self.saver = Saver(self.engine, self.storage, self.world, self.fence, self.log)
+        if found[0] is not None:
+            self.saver.whole.add(found[0][0])
+
+    def _take_histograms(self, name: str) -> None:
+        """Those of before the checkpoint, from its copies, which also mend what is damaged (an early release made none)."""
+        copies = self.storage.child(f"{checkpoint.FOLDER}/{name}")
+        digests = self.progress.histograms
+        self.histograms = read_histograms(self.storage, digests) | read_histograms(copies, digests)
+        assert self.fence is not None
+        with self.fence.held():
+            mend_histograms(self.storage, self.histograms)
 
     def _announce(self) -> None:
         """Says in the ledger that an attempt began: where, with which processes, from which step."""
@@ -175,8 +191,11 @@ class Trainer:
             stats = self.telemetry.reduce()
             self._pending[-1].update(as_metrics(stats))
             if self.fence is not None:
+                data = histogram_file(done, stats)
+                self.histograms[file_name(done)] = data
+                self.progress.histograms[file_name(done)] = hashlib.sha256(data).hexdigest()
                 with self.fence.held():
-                    self.progress.histograms[file_name(done)] = write_histogram(self.storage, done, stats)
+                    self.storage.write(f"{HISTOGRAMS}/{file_name(done)}", data)
         if self.log is not None:
             faults.point("train.log", step=done)
             self.log.append(self._pending)
@@ -244,6 +263,7 @@ class Trainer:
             files = {
                 "steps.jsonl": self.log.content(),
                 "deepspeed_config.json": json.dumps(self.engine.config, indent=1).encode(),
+                **{f"{HISTOGRAMS}/{name}": data for name, data in self.histograms.items()},
             }
         progress = self.progress
         progress.kernels = self.kernels()
@@ -387,7 +407,8 @@ def train_trial(job: TrialJob, world: World) -> dict[str, Any]:
             said = disk_trouble(error)
             if not said:
                 raise
-            raise TrialFailed(f"{said} below {job.storage}; what was saved before is kept: mend it and run again") from error
+            where = Storage(job.storage).root
+            raise TrialFailed(f"{said} below {where}; what was saved before is kept: mend it and run again") from error
 
 
 def disk_trouble(error: Exception) -> str:

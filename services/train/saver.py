@@ -36,6 +36,7 @@ class Saver:
 
     def __init__(self, engine: Engine, storage: Storage, world: World, fence: Fence | None, step_log: StepLog | None) -> None:
         self._engine, self._storage, self._world = engine, storage, world
+        self.whole: set[str] = set()  # checkpoints that this attempt has checked or written; the others may be damaged
         self._fence, self._log = fence, step_log
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._memory = HostMemory()
@@ -110,6 +111,7 @@ class Saver:
         """This rank's files, on the disk: {path below the folder: (size, SHA-256)}."""
         paths = snapshot.write(scratch)
         for file, data in files.items():
+            (scratch / file).parent.mkdir(exist_ok=True)
             (scratch / file).write_bytes(data)
             paths.append(scratch / file)
         faults.point("checkpoint.write", rank=self._world.rank, step=step)
@@ -127,7 +129,8 @@ class Saver:
             raise OSError(f"{scratch}: the ranks wrote {len(every)} files, there are {len(there)}")
         checkpoint.commit(self._storage, name, scratch, position, every, self._fence)
         faults.point("checkpoint.committed", step=position.step)
-        checkpoint.retain(self._storage)
+        self.whole.add(name)
+        checkpoint.retain(self._storage, self.whole)
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` gave on each rank, once it is done on all; raises on every rank what it raised on one."""

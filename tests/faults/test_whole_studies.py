@@ -72,7 +72,7 @@ def test_changed_code_is_refused_with_both_hashes_and_going_on_is_written_down(p
     study.plan([{"name": "stop", "point": "driver.poll", "visit": 6, "action": "kill"}])
     assert study.run(env=env).code == -signal.SIGKILL
     changed = checkout / "decay_core" / "decays" / "hgrn2.py"
-    changed.write_text(changed.read_text() + "\n# another thought\n")
+    changed.write_text(changed.read_text() + "\nANOTHER_THOUGHT = 1\n")
     before = {path: path.stat().st_mtime_ns for path in study.root.rglob("*") if path.suffix != ".lock"}
     ended = study.run(env=env)
     assert ended.code == 2, ended.log
