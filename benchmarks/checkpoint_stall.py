@@ -131,8 +131,11 @@ def main() -> None:
         print(f"| {way} | {1000 * statistics.median(means[way]):.2f} | {statistics.median(means[way]) / none:.3f} "
               f"| {min(ratios):.3f} to {max(ratios):.3f} | {1000 * held_up:.1f} "
               f"| {held_up / (arguments.every * none):.2%} |")  # fmt: skip
-    stall = statistics.median(means["behind"]) / none - 1
-    print(f"stall of the mean step at most 3 %: {'holds' if stall <= 0.03 else 'FAILS'} ({100 * stall:.1f} %)")
+    held = statistics.median(stalls["behind"]) / (arguments.every * none)
+    print(f"steps wait for checkpoints, at most 3 % of their time: {'holds' if held <= 0.03 else 'FAILS'} ({held:.2%})")
+    whole = statistics.median(means["behind"]) / none - 1
+    said = "holds" if whole <= 0.03 else "FAILS"
+    print(f"the mean step, with what the writing thread takes, at most 3 %: {said} ({whole:.2%})")
 
 
 if __name__ == "__main__":
