@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-faults soak test-gpu test-paper lint bench-orchestration clean
+.PHONY: setup demo test test-fast test-faults soak test-gpu test-paper lint bench-orchestration bench-checkpoints clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,9 @@ lint: setup
 
 bench-orchestration: setup
 	$(BIN)/python benchmarks/orchestration.py
+
+bench-checkpoints: setup
+	$(BIN)/python benchmarks/checkpoint_stall.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

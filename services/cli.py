@@ -293,7 +293,11 @@ def _report(study: object) -> None:
 
 def main() -> None:
     """Entry point of `decay` and of `python -m services.cli`: refusals are one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    from services.study.secrets import WithoutPasswords, without_password
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(WithoutPasswords("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for noisy in ("alembic", "mlflow", "ray", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="ray|mlflow|deepspeed|pydantic")
@@ -302,8 +306,6 @@ def main() -> None:
     except ValueError as refusal:  # StudyError, LeaseHeld, TrackingError, CacheError, StorageError ... are ValueErrors
         if not type(refusal).__module__.startswith(("services.", "decay_core.")):
             raise
-        from services.study.secrets import without_password
-
         typer.echo(f"decay: {without_password(str(refusal))}", err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

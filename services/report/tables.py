@@ -75,13 +75,18 @@ def trial_table(results: Sequence[TrialResult]) -> Table:
     rows = tuple(
         (
             t.name, t.trial_id, str(t.seed), f"{t.held_out_loss:.4f}", f"{t.steps:,}", f"{t.tokens:,}",
-            f"{t.wall_s:,.0f}", str(t.world_size), str(t.zero_stage), t.weights_sha256[:12], t.order_hash[:12],
+            f"{t.wall_s:,.0f}", _ranks(t), str(t.zero_stage), t.weights_sha256[:12], t.order_hash[:12],
             t.mlflow_run_id or "none",
         )
         for t in sorted(results, key=lambda t: (t.name, t.seed, t.trial_id))
     )  # fmt: skip
     numeric = frozenset({"seed", "held-out loss", "steps", "tokens", "wall s", "world", "ZeRO"})
     return Table(header=header, rows=rows, numeric=numeric)
+
+
+def _ranks(trial: TrialResult) -> str:
+    """The numbers of ranks that trained a trial, one after the other."""
+    return " then ".join(map(str, trial.world_sizes or (trial.world_size,)))
 
 
 def omission_table(summary: StudySummary) -> Table:

@@ -48,7 +48,7 @@ def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest, drive
         "method": trial.method,
         "varied": trial.varied,
         "seed": trial.seed,
-        "storage": storage.root,
+        "storage": storage.address,
         "config": trial.content["config"],
         "recipe": trial.content["recipe"],
         "data": {key: manifest.data[key] for key in ("digest", "path", "spec")},
@@ -59,13 +59,15 @@ def job_of(trial: Trial, plan: Plan, storage: Storage, manifest: Manifest, drive
             "zero_stage": resources.zero_stage,
             "micro_batch_size": resources.micro_batch_size or per_rank,
             "deterministic": resources.deterministic,
+            "elastic": resources.elastic,
         },
     }
 
 
 def params_of(trial: Trial, plan: Plan) -> dict[str, Any]:
-    """What MLflow shows as parameters and compares on resume."""
+    """What MLflow shows as parameters and compares on resume; not the number of ranks where that may change."""
     resources = plan.study.resources
+    ranks = {"workers": resources.workers, "micro_batch_size": resources.micro_batch_size}
     flat = {f"recipe.{key}": value for key, value in trial.content["recipe"].items()}
     data = dict(trial.content["data"])
     flat |= {f"data.recall.{key}": value for key, value in data.pop("recall", {}).items()}
@@ -77,9 +79,8 @@ def params_of(trial: Trial, plan: Plan) -> dict[str, Any]:
         "seed": trial.seed,
         "parameters": trial.parameters,
         "inner_gain_init": trial.config.inner_gain,
-        "workers": resources.workers,
         "threads_per_worker": resources.threads_per_worker,
         "zero_stage": resources.zero_stage,
-        "micro_batch_size": resources.micro_batch_size,
+        **({} if resources.elastic else ranks),
         **flat,
     }

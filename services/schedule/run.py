@@ -242,20 +242,29 @@ class Run:
         return drained
 
     def _fit_until_none_is_preempted(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> None:
-        """Trials that left on notice start again elsewhere, or here when nobody acted on the notice."""
+        """Trials that left on notice start again elsewhere, or here when nobody acted on the notice.
+
+        Those that ran out of memory beside others start again after them, one at a time.
+        """
+        crowded: list[Trial] = []
         while missing and not self.stopping.is_set() and not self.lost.is_set():
-            preempted = self._fit(missing, manifest, at_once, scratch)
-            missing = [trial for trial in missing if trial.id in preempted]
+            ended = self._fit(missing, manifest, at_once, scratch)
+            crowded += [trial for trial in missing if ended.get(trial.id) == "crowded"]
+            missing = [trial for trial in missing if ended.get(trial.id) == "preempted"]
             if missing and not self.stopping.is_set():
                 self.options.say(f"{', '.join(trial.name for trial in missing)}: left on notice, go on")
                 self.stopping.wait(POLL_S)
+            if crowded and not missing:
+                self.options.say(f"{', '.join(trial.name for trial in crowded)}: out of memory beside others, go on alone")
+                missing, crowded, at_once = crowded, [], 1
 
-    def _fit(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> set[str]:
+    def _fit(self, missing: list[Trial], manifest: Manifest, at_once: int, scratch: str) -> dict[str, str]:
+        """Runs these trials, `at_once` side by side; {trial: how it ended}, where it said so."""
         resources, backend = self.plan.study.resources, self.plan.backend
         jobs = {trial.id: job_of(trial, self.plan, self.storage, manifest, self.fence.driver) for trial in missing}
         trainable = tune.with_parameters(
             run_trial, jobs=jobs, backend=backend, cpus=resources.cpus_per_worker, retries=resources.max_failures,
-            patience=resources.quarantine_after,
+            patience=resources.quarantine_after, alone=at_once == 1,
         )  # fmt: skip
         bundle = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
@@ -283,7 +292,7 @@ class Run:
         ended = [(result.metrics or {}).get("ended") for result in grid]
         if any(how is None and result.error is None for how, result in zip(ended, grid, strict=True)):
             raise KeyboardInterrupt  # Tune answers the first one by ending early
-        return {result.config["trial"] for how, result in zip(ended, grid, strict=True) if how == "preempted" and result.config}
+        return {result.config["trial"]: str(how) for how, result in zip(ended, grid, strict=True) if how and result.config}
 
     def _end(self, tracker: Tracker, courier: Courier) -> Exit:
         faults.point("driver.end")
@@ -337,4 +346,4 @@ def spoilt(storage: Storage, plan: Plan, states: dict[str, TrialState]) -> set[s
 
 def to_stderr(line: str) -> None:
     """Progress where it does not mix with a report on standard output."""
-    print(line, file=sys.stderr, flush=True)
+    print(without_password(line), file=sys.stderr, flush=True)

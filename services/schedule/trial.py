@@ -24,15 +24,22 @@ log = logging.getLogger(__name__)
 
 
 def run_trial(
-    config: dict[str, Any], jobs: dict[str, dict[str, Any]], backend: str, cpus: float, retries: int, patience: int
+    config: dict[str, Any],
+    jobs: dict[str, dict[str, Any]],
+    backend: str,
+    cpus: float,
+    retries: int,
+    patience: int,
+    alone: bool,
 ) -> None:
     """Trains `jobs[config["trial"]]`, again after up to `retries` deaths of its workers.
 
-    A trial that failed for good, or died `patience` times at one place, is recorded in the ledger and reported, not raised.
+    A trial that failed for good, or died `patience` times at one place, is recorded in the ledger and reported, not raised. So
+    is one that ran out of memory while it was not `alone`: its neighbours go on, and the driver starts it again after them.
     """
     job = TrialJob(**jobs[config["trial"]])
     try:
-        tune.report({"trial": job.trial, "ended": _train(job, _backend(backend, cpus), retries, patience)})
+        tune.report({"trial": job.trial, "ended": _train(job, _backend(backend, cpus), retries, patience, alone)})
     except Fenced as replaced:
         log.warning("trial %s: %s", job.trial, replaced)
         tune.report({"trial": job.trial, "ended": "fenced"})
@@ -48,8 +55,8 @@ def _backend(name: str, cpus: float) -> Callable[[TrialJob], dict[str, Any]]:
     return lambda job: train_in_group(job, cpus)
 
 
-def _train(job: TrialJob, train: Callable[[TrialJob], dict[str, Any]], retries: int, patience: int) -> str:
-    """Ends with how the trial ended: result, failed, quarantined, preempted or fenced."""
+def _train(job: TrialJob, train: Callable[[TrialJob], dict[str, Any]], retries: int, patience: int, alone: bool) -> str:
+    """Ends with how the trial ended: result, failed, quarantined, preempted, crowded or fenced."""
     storage = Storage(job.storage)
     ledger = Ledger(storage, Fence(storage=storage, driver=job.driver))
     deaths = 0
@@ -70,6 +77,8 @@ def _train(job: TrialJob, train: Callable[[TrialJob], dict[str, Any]], retries: 
             if evidence is not None:
                 ledger.append("quarantined", job.trial, **evidence)
                 return "quarantined"
+            if not alone and ran_out_of_memory(error):
+                return "crowded"
             if deaths > retries:
                 ledger.append("failed", job.trial, reason=f"workers died: {cause}")
                 return "failed"
@@ -81,6 +90,14 @@ def _train(job: TrialJob, train: Callable[[TrialJob], dict[str, Any]], retries: 
 
 def _node_was_lost(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.NodeDiedError) or "node has died" in str(error).lower()
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what a worker lacked: Ray's monitor, CUDA's allocator, torch's on the host, or Python's says so."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return True
+    said = str(error)
+    return any(words in said for words in ("OutOfMemoryError", "CUDA out of memory", "DefaultCPUAllocator", "MemoryError"))
 
 
 def first_cause(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -108,13 +109,27 @@ def _io_error(fault: dict[str, Any]) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO), fault["name"])
 
 
+def _out_of_memory(fault: dict[str, Any]) -> None:
+    """Takes memory until the allocator of torch refuses, under a limit on this process's address space; then the limit goes."""
+    import torch
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, before[1]))
+    try:
+        kept = [torch.empty(2**26, dtype=torch.uint8) for _ in range(64)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    raise RuntimeError(f"{len(kept)} pieces of memory were to be had, which should not be")
+
+
 def _slow(fault: dict[str, Any]) -> None:
     time.sleep(fault.get("seconds", 1.0))
 
 
 _ACTIONS = {
     "kill": _kill, "kill-parent": _kill_parent, "stop": _stop, "fail": _fail, "no-space": _no_space, "io-error": _io_error,
-    "slow": _slow,
+    "slow": _slow, "out-of-memory": _out_of_memory,
 }  # fmt: skip
 
 _plan = _Plan(Path(os.environ[VARIABLE])) if os.environ.get(VARIABLE) else None

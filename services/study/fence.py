@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from filelock import FileLock, Timeout
 
 from services.study.sealed import seal, unseal
-from services.study.storage import Storage
+from services.study.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
 NAME = "fence.json"
@@ -41,8 +41,11 @@ class Fence:
     token: str = ""
 
     def check(self) -> None:
-        """Raises Fenced when another driver or another attempt has taken over."""
+        """Raises Fenced when another driver or another attempt has taken over, or nobody can tell because the file is lost."""
         now = driver_number(self.storage)
+        if self.driver and not now:
+            lost = f"{self.storage.root}/{NAME} is lost or damaged"
+            raise Fenced(f"{lost}: driver {self.driver} may have been replaced; stopping, run again")
         if now > self.driver:
             raise Fenced(f"driver {self.driver} was replaced by driver {now}; stopping")
         if self.trial and _read(self.storage, self._file).get("token") != self.token:
@@ -108,7 +111,12 @@ def _locked(storage: Storage, folder: str) -> Iterator[None]:
     except Timeout:
         log.warning("%s has been held for %.0f s by a process that stands still; replacing it", path, LOCK_S)
         path.unlink(missing_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise StorageError(
+                f"{path} has been held for twice {LOCK_S:.0f} s; end the process that holds it (fuser {path}), or run again"
+            ) from error
     try:
         yield
     finally:

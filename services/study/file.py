@@ -155,7 +155,7 @@ class Resources(_Strict):
     """What one trial gets.
 
     `backend`, `max_concurrent_trials`, `max_failures`, `quarantine_after`, `cpus_per_worker` and the assumed rate may change
-    between two runs of a study; the others bear on the bits of a result.
+    between two runs of a study, with `elastic` also `workers` and `micro_batch_size`; the others bear on the bits of a result.
     """
 
     workers: int = Field(1, ge=1)
@@ -165,6 +165,7 @@ class Resources(_Strict):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: int | None = Field(None, ge=1)
     deterministic: bool = True
+    elastic: bool = False
     backend: Literal["auto", "warm", "train"] = "auto"
     max_concurrent_trials: int | None = Field(None, ge=1)
     max_failures: int = Field(3, ge=0)

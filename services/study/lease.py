@@ -1,8 +1,10 @@
 """The lease: one driver per study, and a dead driver does not hold it for ever.
 
 The holder renews a small file; whoever finds it decides: same host and the process is gone, or not renewed for
-`EXPIRY_S`: dead, taken over. Surprising: deciding and taking happen under an operating system lock on a local file system;
-an object store has none, so there the taker writes, waits and looks whether its own token is still the one that stands.
+`EXPIRY_S`: dead, taken over. Clocks of two hosts may be hours apart, so a time in the file is believed only where it says that
+the holder lives; otherwise the taker watches for EXPIRY_S of its own whether the file is renewed. Surprising: deciding and
+taking happen under an operating system lock on a local file system; an object store has none, so there the taker writes, waits
+and looks whether its own token is still the one that stands.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,22 @@ log = logging.getLogger(__name__)
 EXPIRY_S = 60.0
 RENEW_S = 10.0
 SETTLE_S = 1.0
-FUTURE_S = 86_400.0  # clocks of two hosts differ by less; a time further ahead was not written by a driver
+SKEW_S = 86_400.0  # clocks of two hosts differ by less; a time further off is no living driver's
+WATCH_S = 1.0
 LOCK_S = 30.0
 NAME = "lease.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Seconds since 1970, seconds that never jump, and a wait; a test has its own."""
+
+    wall: Callable[[], float] = time.time
+    steady: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+SYSTEM = Clock()
 
 
 class LeaseHeld(ValueError):
@@ -42,15 +58,16 @@ class LeaseHeld(ValueError):
 class Lease:
     """Taken by `take`, kept by calling `renew` at least every RENEW_S, given back by `release`."""
 
-    def __init__(self, storage: Storage, token: str) -> None:
+    def __init__(self, storage: Storage, token: str, clock: Clock) -> None:
         self.driver = 0  # this driver's number, see fence.py
+        self._clock = clock
         self._storage = storage
         self._token = token
-        self._renewed = 0.0
+        self._renewed = -math.inf
 
     def renew(self) -> None:
         """Says that this driver lives; cheap to call often. Raises LeaseHeld when somebody else took over."""
-        if time.monotonic() - self._renewed < RENEW_S:
+        if self._clock.steady() - self._renewed < RENEW_S:
             return
         with _critical_section(self._storage):
             held = _read(self._storage)
@@ -72,10 +89,10 @@ class Lease:
             "host": socket.gethostname(),
             "pid": process.pid,
             "process_started": process.create_time(),
-            "renewed": time.time(),
+            "renewed": self._clock.wall(),
         }
         self._storage.write(NAME, canonical_json(body).encode())
-        self._renewed = time.monotonic()
+        self._renewed = self._clock.steady()
 
 
 class Heartbeat:
@@ -110,23 +127,25 @@ class Heartbeat:
                 log.warning("the lease could not be renewed (%s); trying again", error)
 
 
-def take(storage: Storage, at_least: int = 0) -> Lease:
+def take(storage: Storage, at_least: int = 0, clock: Clock = SYSTEM) -> Lease:
     """Takes the study's lease and the next driver's number, above `at_least`; whoever had them before is fenced from now on.
 
-    Raises LeaseHeld saying who has it, since when, and what to do.
+    Waits up to EXPIRY_S where only that tells whether a holder on another host lives. Raises LeaseHeld saying who has it, since
+    when, and what to do.
     """
-    lease = Lease(storage, uuid.uuid4().hex)
+    lease = Lease(storage, uuid.uuid4().hex, clock)
+    silent = _silent(storage, clock)
     with _critical_section(storage):
         held = _read(storage)
-        if held is not None and _alive(held):
+        if held is not None and held != silent and _alive(held, clock) is not False:
             raise LeaseHeld(
                 f"study at {storage.root} is being run by process {held.get('pid')} on {held.get('host')} "
-                f"(heard of {_age(held):.0f} s ago); wait for it, or stop it and run again"
+                f"(heard of {max(0.0, _age(held, clock)):.0f} s ago); wait for it, or stop it and run again"
             )
         lease._write()
         lease.driver = next_driver(storage, at_least)
     if storage.local_path is None:
-        time.sleep(SETTLE_S)
+        clock.sleep(SETTLE_S)
         after = _read(storage)
         if after is None or after.get("token") != lease._token:
             raise LeaseHeld(f"study at {storage.root} was taken by another driver in the same moment; run again")
@@ -144,8 +163,22 @@ def _read(storage: Storage) -> dict[str, Any] | None:
     return held if isinstance(held, dict) else {}
 
 
-def _alive(held: dict[str, Any]) -> bool:
-    """Whether the process of a lease still lives, as far as can be told from here."""
+def _silent(storage: Storage, clock: Clock) -> dict[str, Any] | None:
+    """The lease that nobody renewed while this process watched, where nothing else tells whether its holder lives."""
+    held = _read(storage)
+    if held is None or _alive(held, clock) is not None:
+        return None
+    log.warning("watching for %.0f s whether %s on %s still renews its lease", EXPIRY_S, held.get("pid"), held.get("host"))
+    end = clock.steady() + EXPIRY_S
+    while clock.steady() < end:
+        clock.sleep(WATCH_S)
+        if _read(storage) != held:
+            return None
+    return held
+
+
+def _alive(held: dict[str, Any], clock: Clock) -> bool | None:
+    """Whether the process of a lease still lives; None where the clocks of two hosts do not tell."""
     if held.get("host") == socket.gethostname():
         try:
             process = psutil.Process(int(held["pid"]))
@@ -153,13 +186,16 @@ def _alive(held: dict[str, Any]) -> bool:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, KeyError, ValueError, TypeError, OverflowError):
             return False
-    return -FUTURE_S < _age(held) < EXPIRY_S
+    age = _age(held, clock)
+    if not -SKEW_S < age < SKEW_S:
+        return False
+    return True if 0 <= age < EXPIRY_S else None
 
 
-def _age(held: dict[str, Any]) -> float:
+def _age(held: dict[str, Any], clock: Clock) -> float:
     """Seconds since the holder was heard of; for ever where the file does not say."""
     renewed = held.get("renewed")
-    return time.time() - renewed if isinstance(renewed, int | float) else math.inf
+    return clock.wall() - renewed if isinstance(renewed, int | float) else math.inf
 
 
 @contextlib.contextmanager

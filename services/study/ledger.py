@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from services.study.fence import Fence
 from services.study.sealed import seal, unseal
+from services.study.secrets import without_password
 from services.study.storage import Storage, StorageError
 
 Kind = Literal[
@@ -61,9 +62,9 @@ class Ledger:
 
     def append(self, kind: Kind, trial: str = "", **details: Any) -> Event:
         """Writes one event; it is on the disk when this returns. Raises Fenced."""
-        event = Event(kind=kind, trial=trial, time_ns=time.time_ns(), details=details)
+        event = Event(kind=kind, trial=trial, time_ns=time.time_ns(), details=_masked(details))
         name = f"{FOLDER}/{event.time_ns:020d}-{uuid.uuid4().hex[:8]}.json"
-        body = {"kind": kind, "trial": trial, "time_ns": event.time_ns, "details": details}
+        body = {"kind": kind, "trial": trial, "time_ns": event.time_ns, "details": event.details}
         with self._fence.held() if self._fence else contextlib.nullcontext():
             self._storage.write(name, seal(body))
         return event
@@ -92,6 +93,15 @@ class Ledger:
                 continue
             states[event.trial] = _next_state(old, event)
         return states
+
+
+def _masked(value: Any) -> Any:
+    """`value` with no password in any text: reasons quote the errors of whatever failed."""
+    if isinstance(value, dict):
+        return {key: _masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(item) for item in value]
+    return without_password(value) if isinstance(value, str) else value
 
 
 def _parse(raw: bytes) -> Event:

@@ -6,8 +6,11 @@ metric's time stamp). It is replaced atomically and only ever grows.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import time
+import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +24,21 @@ from services.study.storage import Storage
 
 NAME = "study.json"
 ROOT = Path(__file__).parents[2]
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 TRAINING = ("decay_core/recipe.py", "services/data/order.py", "services/train/engine.py", "services/train/loop.py")
 # What may differ between two runs of one study: growth is judged by trial ids, the rest does not bear on a result's bits.
 FREE = {
     "space", "sizes", "seeds", "vary", "match", "budget", "question", "storage", "data.workers", "resources.backend",
     "resources.max_concurrent_trials", "resources.max_failures", "resources.quarantine_after",
-    "resources.assumed_gflops_per_worker", "resources.cpus_per_worker", "tracking",
+    "resources.assumed_gflops_per_worker", "resources.cpus_per_worker", "resources.elastic", "tracking",
 }  # fmt: skip
+ELASTIC = {"resources.workers", "resources.micro_batch_size"}  # what may differ too where the study says resources.elastic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """`study` as resolved, `trials` id -> name, `data` {digest, path, ...}, `started_ms` (Unix), `tracking` {uri, ids}, `code`
-    {file: SHA-256} of all that the trials compute with (empty in a manifest of an earlier release).
+    {file: digest without comments and docstrings} of all that the trials compute with (empty in an early release's manifest).
     """
 
     study: dict[str, Any]
@@ -84,7 +89,9 @@ def check_unchanged(old: Manifest, plan: Plan) -> None:
     Raises StudyError naming the changed keys, or the trials that are no longer in the space.
     """
     before, after = _flat(filled(old.study)), _flat(resolved(plan.study))
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not _free(key))
+    allowed = ELASTIC if plan.study.resources.elastic else set()
+    every = (before.keys() | after.keys()) - allowed
+    changed = sorted(key for key in every if before.get(key) != after.get(key) and not _free(key))
     if changed:
         said = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -125,12 +132,32 @@ def next_manifest(
 
 
 def code_of(plan: Plan) -> dict[str, str]:
-    """{file: SHA-256} of every file that the forward passes of a plan's trials are made of, and of what trains them."""
-    code: dict[str, str] = {}
+    """{file: digest of its code} of all that the forward passes of a plan's trials are made of, and of what trains them."""
+    code: set[str] = set()
     for point in {trial.point.name: trial.point for trial in plan.trials}.values():
-        code |= mechanism_code(point)
-    code |= {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in TRAINING}
-    return dict(sorted(code.items()))
+        code |= mechanism_code(point).keys()
+    return {name: code_digest((ROOT / name).read_text(encoding="utf-8")) for name in sorted({*code, *TRAINING})}
+
+
+def code_digest(source: str) -> str:
+    """SHA-256 of Python source without what does not run: comments, docstrings and blank lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            lines[line - 1] = lines[line - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(node, DOCUMENTED) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+            first, last = body[0].lineno - 1, (body[0].end_lineno or body[0].lineno) - 1
+            before, after = lines[first].encode()[: body[0].col_offset], lines[last].encode()[body[0].end_col_offset :]
+            if not before.strip() and not after.strip():  # one that shares a line with code stays
+                lines[first : last + 1] = [""] * (last + 1 - first)
+    return hashlib.sha256("\n".join(line.rstrip() for line in lines if line.strip()).encode()).hexdigest()
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def drift(old: Manifest, new: Manifest) -> list[str]:
@@ -144,9 +171,14 @@ def drift(old: Manifest, new: Manifest) -> list[str]:
         found.append(f"tokenizer changed: was {cut[:12]}, is {cuts[:12]}")
     for name in sorted(old.code):
         was, now = old.code[name], new.code.get(name)
-        if was != now:
+        if was != now and was != _digest_of_bytes(ROOT / name):
             found.append(f"code {name} changed: was {was[:12]}, is {now[:12] if now else 'gone'}")
     return found
+
+
+def _digest_of_bytes(path: Path) -> str:
+    """What earlier releases noted of a file: the SHA-256 of all of it, comments included."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def resolved(study: Study) -> dict[str, Any]:

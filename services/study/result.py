@@ -76,8 +76,9 @@ class TrialResult(_Record):
     The accuracies are of recall tasks: the share of held-out answers that are the likeliest token, and of sequences with no
     wrong answer. `state_size` counts the numbers that the model keeps of one sequence after `seq_len` tokens.
     `device` is "cpu" or the GPU's name; `varied` what the study's `vary` set in the recipe; `mechanism` the SHA-256 of every
-    file that the forward pass is made of; `kernels` which implementations computed the recurrences, a line each. Results of
-    earlier releases have none of the four.
+    file that the forward pass is made of; `kernels` which implementations computed the recurrences, a line each; `world_sizes`
+    the numbers of ranks that trained it, one after the other (`world_size` is the last). Results of earlier releases have none
+    of the five.
     """
 
     trial_id: Annotated[str, Field(min_length=1)]
@@ -111,6 +112,7 @@ class TrialResult(_Record):
     varied: dict[str, Any] = Field(default_factory=dict)
     mechanism: dict[str, str] = Field(default_factory=dict)
     kernels: tuple[str, ...] = ()
+    world_sizes: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

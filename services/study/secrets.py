@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
@@ -11,6 +12,14 @@ _TOKEN = re.compile(r"(https?://)[^/\s:@]+@")
 def without_password(text: str) -> str:
     """`text` with the password of every address in it (scheme://user:password@host, http://token@host) replaced by ***."""
     return _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text))
+
+
+class WithoutPasswords(logging.Formatter):
+    """Log lines, tracebacks included, with the passwords of addresses masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return without_password(super().format(record))
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ def show_status(study: Study, storage: Storage, console: Console) -> None:
     started = read_manifest(storage) is not None
     states = Ledger(storage).states(trial.id for trial in plan.trials)
     table = Table(title=escape(f"{study.name} in {storage.root}{'' if started else ' (not started)'}"), title_justify="left")
-    for column in ("trial", "id", "state", "attempts", "step", "loss", "note"):
+    for column in ("trial", "id", "state", "attempts", "preempted", "died", "step", "loss", "note"):
         table.add_column(column, no_wrap=column != "note")
     for trial in plan.trials:
         state = states[trial.id]
@@ -33,6 +33,8 @@ def show_status(study: Study, storage: Storage, console: Console) -> None:
             trial.id,
             state.state,
             str(state.attempts),
+            str(state.preemptions),
+            str(state.deaths),
             f"{last.get('step', 0)}/{trial.recipe.steps}",
             loss,
             escape(state.reason) or ("" if state.tracked or state.state != "finished" else "not in MLflow yet: run again"),

@@ -20,6 +20,7 @@ from typing import Any, cast
 import fsspec
 
 from services.study import faults
+from services.study.secrets import without_password
 
 
 class StorageError(ValueError):
@@ -68,15 +69,21 @@ class Storage:
         try:
             self._fs, root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise StorageError(f"storage {url!r}: {error}; give a folder or install the package named") from error
+            said = without_password(f"storage {url!r}: {error}")
+            raise StorageError(f"{said}; give a folder or install the package named") from error
         protocols = self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         self._local = "file" in protocols
         self._root = str(Path(root).absolute()) if self._local else root.rstrip("/")
 
     @property
-    def root(self) -> str:
-        """The root in a form another process can open: an absolute path or the URI."""
+    def address(self) -> str:
+        """The root in a form another process can open: an absolute path or the URI, with its password where it has one."""
         return self._root if self._local else self.url
+
+    @property
+    def root(self) -> str:
+        """The root as messages and records name it: `address` without a password."""
+        return without_password(self.address)
 
     @property
     def local_path(self) -> Path | None:
@@ -86,7 +93,7 @@ class Storage:
     def child(self, name: str) -> Storage:
         """The storage rooted at `name` below this one."""
         self._full(name)
-        return Storage(f"{self.root}/{name}")
+        return Storage(f"{self.address}/{name}")
 
     def read(self, name: str) -> bytes | None:
         """The bytes stored under `name`, or None when there is nothing."""
@@ -186,7 +193,7 @@ class Storage:
     def _full(self, name: str) -> str:
         parts = name.split("/")
         if name.startswith("/") or any(part in ("..", "") for part in parts):
-            raise StorageError(f"storage name {name!r} leaves its root {self._root}; give a name below it")
+            raise StorageError(f"storage name {name!r} leaves its root {self.root}; give a name below it")
         full = f"{self._root}/{name}"
         if self._local and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(self._root)):
             raise StorageError(f"storage name {name!r} leaves {self._root} through a link; replace the link by a folder")

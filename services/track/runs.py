@@ -74,6 +74,8 @@ def _check_open(uri: str) -> None:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow's, SQLAlchemy's, requests': whatever it is, the store cannot be used
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if "401" in first:
+            first = "it asks for a user and a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise TrackingError(f"tracking.uri {uri} cannot be opened: {first}") from error
 
 

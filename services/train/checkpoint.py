@@ -3,6 +3,7 @@
 A checkpoint is a folder `step_XXXXXXXX` with DeepSpeed's files, each rank's generators, the step log so far and COMPLETE.json,
 which names every file with its size and SHA-256 and is written last. A reader takes the newest folder whose COMPLETE holds;
 a folder that does not hold is set aside with a warning, never used and never silently replaced by a fresh start.
+saver.py writes the files, behind the back of the steps that follow; here is what a checkpoint is, its commit and its way back.
 On an object store there is no rename: the files go up first and COMPLETE.json last, which is the commit there.
 """
 
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from services.study import faults
 from services.study.fence import Fence
@@ -28,8 +28,9 @@ from services.study.sealed import seal, unseal
 from services.study.storage import Storage, fsync_folder, write_atomically
 from services.train.engine import Engine
 from services.train.job import TrialFailed, World
-from services.train.randomness import random_state, restore_random_state
-from services.train.telemetry import damaged_histogram
+from services.train.randomness import restore_random_state
+from services.train.telemetry import FOLDER as HISTOGRAMS
+from services.train.telemetry import read_histograms
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -53,45 +54,6 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(
-    engine: Engine,
-    storage: Storage,
-    position: Position,
-    world: World,
-    files: dict[str, bytes],
-    fence: Fence | None,
-) -> str:
-    """Writes and commits one checkpoint; collective. `files` and `fence` are rank 0's own. Returns the checkpoint's digest.
-
-    Raises Fenced on rank 0 when the attempt was replaced, TrialFailed naming the place where it cannot be written.
-    """
-    name = folder_name(position.step)
-    faults.point("checkpoint.begin", rank=world.rank, step=position.step)
-    scratch = _agree(str(_scratch(storage, name)) if world.leads else None, world)
-    os.makedirs(scratch, exist_ok=True)
-    _barrier(world)
-    engine.save(scratch, TAG)
-    torch.save(random_state(), f"{scratch}/random_rank{world.rank}.pt")
-    if world.leads:
-        for file, data in files.items():
-            Path(scratch, file).write_bytes(data)
-    faults.point("checkpoint.write", rank=world.rank, step=position.step)
-    _barrier(world)
-    digests = _gather(_digest_own(Path(scratch), world), world)
-    digest = ""
-    if world.leads:
-        assert fence is not None
-        listed = {name for part in digests for name in part}
-        there = {path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file()}
-        if listed != there:  # a network file system showed the ranks different listings
-            raise OSError(f"{scratch}: the ranks digested {len(listed)} files, there are {len(there)}")
-        every = {key: value for part in digests for key, value in part.items()}
-        digest = _commit(storage, name, Path(scratch), position, every, fence)
-        faults.point("checkpoint.committed", step=position.step)
-        _retain(storage)
-    return _agree(digest, world)
-
-
 def newest_valid(storage: Storage) -> tuple[str, dict[str, Any]] | None:
     """The newest checkpoint that holds, as (name, COMPLETE's content); None when there never was one.
 
@@ -111,19 +73,30 @@ def newest_valid(storage: Storage) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def load(engine: Engine, storage: Storage, name: str, complete: dict[str, Any], world: World) -> Position:
-    """Puts a checkpoint back on this rank: weights, optimizer shard, generators. Collective."""
+def load(
+    engine: Engine, storage: Storage, name: str, complete: dict[str, Any], world: World, elastic: bool = False
+) -> Position:
+    """Puts a checkpoint back on this rank: weights, optimizer shard, generators. Collective.
+
+    `elastic` allows one of another number of ranks. A rank that the writers had goes on with its generators; the others keep
+    those that their seed gave them. Raises TrialFailed.
+    """
     position = Position(**complete["position"])
-    if position.world_size != world.size:
+    other = position.world_size != world.size
+    if other and not elastic:
         raise TrialFailed(
             f"checkpoint {storage.root}/{FOLDER}/{name} was written by {position.world_size} ranks, this study asks for "
-            f"{world.size}; set resources.workers: {position.world_size}"
+            f"{world.size}; set resources.workers: {position.world_size}, or resources.elastic: true to go on with {world.size}"
         )
     copy: AbstractContextManager[Path] = storage.local_copy(f"{FOLDER}/{name}")
     with copy as folder:
         try:
-            restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
-            engine.load(str(folder), TAG)
+            if world.rank < position.world_size:
+                restore_random_state(torch.load(folder / f"random_rank{world.rank}.pt", weights_only=True))
+            if other:
+                engine.load_of_others(str(folder), TAG, position.world_size, world.rank)
+            else:
+                engine.load(str(folder), TAG)
         except pickle.UnpicklingError as error:
             raise TrialFailed(
                 f"checkpoint {storage.root}/{FOLDER}/{name} holds more than tensors and was refused (weights_only); "
@@ -154,29 +127,28 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _scratch(storage: Storage, name: str) -> Path:
+def scratch_folder(storage: Storage, name: str) -> Path:
     """A new folder on the target's own file system (so that the commit is a rename), or a temporary one for an object store."""
     base = storage.local_path / FOLDER if storage.local_path else Path(os.environ.get("TMPDIR", "/tmp"))
     return base / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
 
 
-def _digest_own(scratch: Path, world: World) -> dict[str, tuple[int, str]]:
-    """Size and digest of every world.size-th file; together the ranks cover all of them, and each is flushed to the disk."""
+def digested(paths: list[Path], folder: Path) -> dict[str, tuple[int, str]]:
+    """{path below `folder`: (size, SHA-256)} of files that are flushed to the disk here."""
     found = {}
-    paths = sorted(path for path in scratch.rglob("*") if path.is_file())
-    for path in paths[world.rank :: world.size]:
+    for path in paths:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-        found[path.relative_to(scratch).as_posix()] = (path.stat().st_size, sha256_of(path))
+        found[path.relative_to(folder).as_posix()] = (path.stat().st_size, sha256_of(path))
     return found
 
 
-def _commit(
+def commit(
     storage: Storage, name: str, scratch: Path, position: Position, files: dict[str, tuple[int, str]], fence: Fence
-) -> str:
+) -> None:
+    """Makes the files in `scratch`, digested as `files` says, the checkpoint `name`. Raises Fenced."""
     body = {"position": position.__dict__, "files": {key: list(value) for key, value in sorted(files.items())}}
     text = seal(body)
-    digest = hashlib.sha256(text).hexdigest()
     if storage.local_path is None:
         try:
             fence.check()
@@ -185,7 +157,7 @@ def _commit(
             storage.write(f"{FOLDER}/{name}/{COMPLETE}", text)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return digest
+        return
     write_atomically(scratch / COMPLETE, text)
     faults.point("checkpoint.commit", step=position.step)
     final = storage.local_path / FOLDER / name
@@ -194,7 +166,6 @@ def _commit(
             shutil.rmtree(final)
         os.rename(scratch, final)
         fsync_folder(final.parent)
-    return digest
 
 
 def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
@@ -211,7 +182,7 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
                     return f"{file} is missing or cut", {}
                 if sha256_of(path) != digest:
                     return f"{file} has other bytes than were written", {}
-        lost = damaged_histogram(storage, Position(**complete["position"]).extra.get("histograms", {}))
+        lost = _lost_histogram(storage, complete)
         if lost:
             return f"{lost} of before it is missing or damaged", {}
     except (ValueError, KeyError, TypeError) as error:
@@ -219,28 +190,21 @@ def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
     return "", complete
 
 
-def _retain(storage: Storage) -> None:
-    """Keeps the newest KEPT checkpoints; an older one is removed only after the newer is committed."""
-    for name in _committed(storage)[:-KEPT]:
-        storage.delete(f"{FOLDER}/{name}")
+def _lost_histogram(storage: Storage, complete: dict[str, Any]) -> str:
+    """The first histogram that a checkpoint of an earlier release goes on from and that is lost; those of today hold copies."""
+    digests = Position(**complete["position"]).extra.get("histograms", {})
+    alone = {name: digest for name, digest in digests.items() if f"{HISTOGRAMS}/{name}" not in complete["files"]}
+    whole = read_histograms(storage, alone)
+    return next((f"{HISTOGRAMS}/{name}" for name in alone if name not in whole), "")
 
 
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
+def retain(storage: Storage, whole: set[str]) -> None:
+    """Keeps the newest KEPT of the checkpoints that are known to be `whole`, and removes all others before the newest.
 
-
-def _agree(value: str | None, world: World) -> str:
-    """Rank 0's string on every rank."""
-    box = [value]
-    if world.size > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0] or ""
-
-
-def _gather(value: dict[str, tuple[int, str]], world: World) -> list[dict[str, tuple[int, str]]]:
-    if world.size == 1:
-        return [value]
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, value)
-    return parts
+    A damaged one counts for nothing: with fewer than KEPT that are whole nothing is removed.
+    """
+    kept = sorted(whole)[-KEPT:]
+    if len(kept) == KEPT:
+        for name in _committed(storage):
+            if name not in kept and name < kept[-1]:
+                storage.delete(f"{FOLDER}/{name}")

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from decay_core.model import DecayLinearTransformer
 from decay_core.recipe import Recipe, parameter_groups
 from services.study import faults
 from services.train.job import Resources, World
+from services.train.reshard import Shards, put
 
 LARGEST_BUCKET = 200_000_000  # elements; DeepSpeed's advice for one node
 LARGEST_PERSISTENT = 100_000  # elements; ZeRO-3 keeps smaller parameters whole (DeepSpeed's default, scaled to the model)
+NOWHERE = "checkpoint"  # the folder that DeepSpeed is told; its states are taken before they become files
 IGNORED = -100  # the target that torch's cross-entropy leaves out
 
 
@@ -207,15 +210,32 @@ class Engine:
             with zero.GatheredParameters([parameter]):
                 yield name, parameter.detach().cpu().clone() if keep else torch.empty(0)
 
-    def save(self, folder: str, tag: str) -> None:
-        """Writes weights and this rank's optimizer shard below `folder/tag`; collective."""
-        self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
+    def states(self, tag: str) -> tuple[dict[str, Any], dict[str, Path]]:
+        """What DeepSpeed would write now on this rank: states by file (below `tag`), and files that go along. Collective.
+
+        The states hold the tensors that are trained on: copy them before the next step.
+        """
+        files = self.deepspeed.checkpoint_engine
+        files.states, scripts = {}, {}
+        # DeepSpeed copies its scripts itself, past its checkpoint engine, into a folder that does not exist yet
+        self.deepspeed._copy_recovery_script = lambda _: scripts.update(_recovery_scripts())
+        self.deepspeed.save_checkpoint(NOWHERE, tag=tag, save_latest=False)
+        return {os.path.relpath(path, NOWHERE): state for path, state in files.states.items()}, scripts
 
     def load(self, folder: str, tag: str) -> None:
         """Puts back what `save` wrote, on the same number of ranks; collective."""
         path, _ = self.deepspeed.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed state")
+
+    def load_of_others(self, folder: str, tag: str, ranks: int, rank: int) -> None:
+        """Puts back what `ranks` ranks saved, on another number of them; collective. `rank` is this process's own."""
+        if self._zero0:  # nothing is sharded
+            self.load(folder, tag)
+            return
+        files = self.deepspeed.checkpoint_engine
+        shards = Shards(Path(folder, tag), ranks, self.config["zero_optimization"]["stage"], files.open)
+        put(self.deepspeed, shards, rank)
 
     def destroy(self) -> None:
         """Frees hooks and buffers that would otherwise outlive the trial."""
@@ -238,7 +258,7 @@ def is_finite(value: float) -> bool:
 
 
 def _safe_checkpoint_engine() -> Any:
-    """DeepSpeed's file format, loaded with weights_only: a checkpoint cannot run code (DeepSpeed's own loader can)."""
+    """DeepSpeed's files: kept in memory when saved, and loaded with weights_only, so that a checkpoint cannot run code."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -247,10 +267,29 @@ def _safe_checkpoint_engine() -> Any:
     allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
     class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
+        states: dict[str, Any]
+
+        def save(self, state_dict: Any, path: str) -> None:
+            self.states[path] = state_dict
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            """No folder: nothing is written here."""
+
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
-    engine = SafeCheckpointEngine()
-    engine.zipfile_serialization = True
-    return engine
+        def open(self, path: Path) -> Any:
+            """A file's content by memory map: only what is looked at is read."""
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    return SafeCheckpointEngine()
+
+
+def _recovery_scripts() -> dict[str, Path]:
+    """DeepSpeed's scripts that make one file of weights from a checkpoint's shards; they lie beside the shards."""
+    from deepspeed import utils
+
+    folder = Path(utils.__file__).parent
+    return {name: folder / name for name in ("zero_to_fp32.py", "zero_to_torch.py") if (folder / name).exists()}

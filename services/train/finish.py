@@ -18,9 +18,8 @@ from services.study import faults
 from services.study.mechanism import mechanism_code
 from services.study.result import TrialResult
 from services.train.environment import device_name
-from services.train.job import TrialFailed
 from services.train.step_log import parse
-from services.train.telemetry import damaged_histogram, merge_histograms
+from services.train.telemetry import mend_histograms, merge_histograms
 
 if TYPE_CHECKING:
     from services.train.loop import Trainer
@@ -61,6 +60,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         weights_sha256=digest,
         order_hash=progress.order_hash,
         world_size=trainer.world.size,
+        world_sizes=tuple(progress.world_sizes),
         zero_stage=job.rank_resources.zero_stage,
         mlflow_run_id=None,
         held_out_accuracy=progress.held_out_accuracy,
@@ -72,11 +72,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         kernels=tuple(trainer.kernels()),
     )
     faults.point("finish.result")
-    lost = damaged_histogram(trainer.storage, progress.histograms)
-    if lost:
-        raise TrialFailed(f"{trainer.storage.root}/{lost} is missing or damaged; run again to go on from an older checkpoint")
     with trainer.fence.held():
-        trainer.storage.write("histograms.parquet", merge_histograms(trainer.storage, recipe.steps))
+        mend_histograms(trainer.storage, trainer.histograms)
+        trainer.storage.write("histograms.parquet", merge_histograms(trainer.histograms))
         trainer.storage.write("result.json", result.to_json().encode())
     faults.point("finish.done")
     values: dict[str, Any] = json.loads(result.to_json())

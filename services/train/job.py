@@ -19,7 +19,10 @@ class TrialFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a trial's ranks have, all of it bearing on the bits of its result; `gpus` is per worker."""
+    """What a trial's ranks have, all of it bearing on the bits of its result; `gpus` is per worker.
+
+    `elastic` allows to go on from a checkpoint of another number of ranks.
+    """
 
     workers: int
     threads: int
@@ -27,6 +30,7 @@ class Resources:
     zero_stage: int
     micro_batch_size: int
     deterministic: bool
+    elastic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ the step log and the hash chain over sample ids; what follows is then equal bit 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -38,8 +39,10 @@ from services.train.finish import finish
 from services.train.job import TrialFailed, TrialJob, World
 from services.train.notice import NOTICE_S, Preempted, due
 from services.train.randomness import make_deterministic, seed_rank
+from services.train.saver import Saver
 from services.train.step_log import StepLog
-from services.train.telemetry import Telemetry, as_metrics, file_name, write_histogram
+from services.train.telemetry import FOLDER as HISTOGRAMS
+from services.train.telemetry import Telemetry, as_metrics, file_name, histogram_file, mend_histograms, read_histograms
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10
@@ -61,6 +64,7 @@ class Progress:
     held_out_sequence_accuracy: float | None = None
     initial_profile: list[dict[str, float]] = field(default_factory=list)
     histograms: dict[str, str] = field(default_factory=dict)
+    world_sizes: list[int] = field(default_factory=list)  # the numbers of ranks that trained, one after the other
     kernels: list[str] = field(default_factory=list)  # which implementations computed the recurrences, over all attempts
 
 
@@ -77,6 +81,8 @@ class Trainer:
         self.progress = Progress()
         self.log: StepLog | None = None
         self.fence: Fence | None = None
+        self.saver: Saver
+        self.histograms: dict[str, bytes] = {}  # rank 0: every telemetry file so far, which checkpoints carry along
         self._pending: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._clock = time.monotonic()
@@ -89,8 +95,12 @@ class Trainer:
         self._resume()
         self._announce()
         self._clock = time.monotonic()
-        while self.progress.step < self.recipe.steps:
-            self._step()
+        try:
+            while self.progress.step < self.recipe.steps:
+                self._step()
+            self.saver.wait()
+        finally:
+            self.saver.close()
         return finish(self)
 
     def _resume(self) -> None:
@@ -107,11 +117,29 @@ class Trainer:
             self.progress.initial_profile = self.profile()
         else:
             name, complete = found[0]
-            position = checkpoint.load(self.engine, self.storage, name, complete, self.world)
+            elastic = self.job.rank_resources.elastic
+            position = checkpoint.load(self.engine, self.storage, name, complete, self.world, elastic)
             self.progress = Progress(step=position.step, order_hash=position.order_hash, **position.extra)
+            self.progress.world_sizes = self.progress.world_sizes or [position.world_size]  # earlier releases wrote none
             kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
+            if self.fence is not None:
+                self._take_histograms(name)
+        if self.progress.world_sizes[-1:] != [self.world.size]:
+            self.progress.world_sizes.append(self.world.size)
         if self.fence is not None:
             self.log = StepLog(self.storage, self.fence, kept)
+        self.saver = Saver(self.engine, self.storage, self.world, self.fence, self.log)
+        if found[0] is not None:
+            self.saver.whole.add(found[0][0])
+
+    def _take_histograms(self, name: str) -> None:
+        """Those of before the checkpoint, from its copies, which also mend what is damaged (an early release made none)."""
+        copies = self.storage.child(f"{checkpoint.FOLDER}/{name}")
+        digests = self.progress.histograms
+        self.histograms = read_histograms(self.storage, digests) | read_histograms(copies, digests)
+        assert self.fence is not None
+        with self.fence.held():
+            mend_histograms(self.storage, self.histograms)
 
     def _announce(self) -> None:
         """Says in the ledger that an attempt began: where, with which processes, from which step."""
@@ -163,8 +191,11 @@ class Trainer:
             stats = self.telemetry.reduce()
             self._pending[-1].update(as_metrics(stats))
             if self.fence is not None:
+                data = histogram_file(done, stats)
+                self.histograms[file_name(done)] = data
+                self.progress.histograms[file_name(done)] = hashlib.sha256(data).hexdigest()
                 with self.fence.held():
-                    self.progress.histograms[file_name(done)] = write_histogram(self.storage, done, stats)
+                    self.storage.write(f"{HISTOGRAMS}/{file_name(done)}", data)
         if self.log is not None:
             faults.point("train.log", step=done)
             self.log.append(self._pending)
@@ -176,17 +207,23 @@ class Trainer:
         self._clock = time.monotonic()
 
     def _leave_if_asked(self, step_seconds: float) -> None:
-        """Saves and raises Preempted when any rank has notice. Collective; also agrees how often to look from now on."""
+        """Saves and raises Preempted when any rank has notice. Collective; also agrees how often to look from now on.
+
+        Raises what stopped a checkpoint, on all ranks, as soon as one of them has seen it.
+        """
         reason, begun = due(self.study_storage, self.job.driver), time.monotonic()
-        agreed = torch.tensor([float(bool(reason)), step_seconds], device=self.world.device)
+        agreed = torch.tensor([float(bool(reason)), step_seconds, float(self.saver.failed)], device=self.world.device)
         if self.world.size > 1:
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        asked, slowest = agreed.tolist()
+        asked, slowest, broken = agreed.tolist()
+        if broken:
+            self.saver.wait()
         self._flush_every = max(1, min(LOG_EVERY, int(NOTICE_S / 6 / max(slowest, 1e-9))))
         if not asked or self.progress.step == self.recipe.steps:
             return
         if self._saved_step != self.progress.step:
             self._save()
+        self.saver.wait()
         if self.world.leads:
             said = reason or "another rank's node has notice"
             details = {"step": self.progress.step, "reason": said, "seconds": round(time.monotonic() - begun, 3)}
@@ -223,10 +260,10 @@ class Trainer:
     def _save(self) -> None:
         files = {}
         if self.log is not None:
-            self.log.flush_to_disk()
             files = {
                 "steps.jsonl": self.log.content(),
                 "deepspeed_config.json": json.dumps(self.engine.config, indent=1).encode(),
+                **{f"{HISTOGRAMS}/{name}": data for name, data in self.histograms.items()},
             }
         progress = self.progress
         progress.kernels = self.kernels()
@@ -240,11 +277,12 @@ class Trainer:
                 "held_out_accuracy": progress.held_out_accuracy,
                 "held_out_sequence_accuracy": progress.held_out_sequence_accuracy,
                 "initial_profile": progress.initial_profile,
-                "histograms": progress.histograms,
+                "histograms": dict(progress.histograms),
+                "world_sizes": progress.world_sizes,
                 "kernels": progress.kernels,
             },
         )
-        checkpoint.save(self.engine, self.storage, position, self.world, files, self.fence)
+        self.saver.save(position, files)
         self._saved_step = progress.step
 
     def kernels(self) -> list[str]:
@@ -369,7 +407,8 @@ def train_trial(job: TrialJob, world: World) -> dict[str, Any]:
             said = disk_trouble(error)
             if not said:
                 raise
-            raise TrialFailed(f"{said} below {job.storage}; what was saved before is kept: mend it and run again") from error
+            where = Storage(job.storage).root
+            raise TrialFailed(f"{said} below {where}; what was saved before is kept: mend it and run again") from error
 
 
 def disk_trouble(error: Exception) -> str:

@@ -75,11 +75,8 @@ def as_metrics(stats: DecayStats) -> dict[str, float]:
     }
 
 
-def write_histogram(storage: Storage, step: int, stats: DecayStats) -> str:
-    """Stores the counts of one step: rows (step, layer, bin, lower, upper, count), edges in logit(λ), empty bins left out.
-
-    Returns the file's SHA-256, which checkpoints carry.
-    """
+def histogram_file(step: int, stats: DecayStats) -> bytes:
+    """The counts of one step as Parquet: rows (step, layer, bin, lower, upper, count), edges in logit(λ), no empty bins."""
     counts, _ = stats.tensors()
     rows: list[dict[str, Any]] = []
     edges = [-math.inf, *bin_edges(), math.inf]
@@ -98,8 +95,7 @@ def write_histogram(storage: Storage, step: int, stats: DecayStats) -> str:
                 )
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), sink)
-    storage.write(f"{FOLDER}/{file_name(step)}", sink.getvalue())
-    return hashlib.sha256(sink.getvalue()).hexdigest()
+    return sink.getvalue()
 
 
 def file_name(step: int) -> str:
@@ -107,21 +103,22 @@ def file_name(step: int) -> str:
     return f"step_{step:08d}.parquet"
 
 
-def damaged_histogram(storage: Storage, digests: dict[str, str]) -> str:
-    """The first of the named files that is missing or has other bytes than its digest says; empty when all are whole."""
-    for name, digest in digests.items():
-        if hashlib.sha256(storage.read(f"{FOLDER}/{name}") or b"").hexdigest() != digest:
-            return f"{FOLDER}/{name}"
-    return ""
+def read_histograms(storage: Storage, digests: dict[str, str]) -> dict[str, bytes]:
+    """Those of the named files that have the bytes that their digests say."""
+    found = {name: storage.read(f"{FOLDER}/{name}") or b"" for name in digests}
+    return {name: data for name, data in found.items() if hashlib.sha256(data).hexdigest() == digests[name]}
 
 
-def merge_histograms(storage: Storage, last_step: int) -> bytes:
-    """All telemetry steps up to `last_step` as one Parquet file."""
-    parts = []
-    for name in storage.list(FOLDER):
-        if name.endswith(".parquet") and int(name[5:13]) <= last_step:
-            data = storage.read(f"{FOLDER}/{name}")
-            parts.append(pq.read_table(io.BytesIO(data or b"")))
+def mend_histograms(storage: Storage, files: dict[str, bytes]) -> None:
+    """Writes again what is missing or has other bytes than it had when it was made."""
+    for name, data in files.items():
+        if storage.read(f"{FOLDER}/{name}") != data:
+            storage.write(f"{FOLDER}/{name}", data)
+
+
+def merge_histograms(files: dict[str, bytes]) -> bytes:
+    """All telemetry steps as one Parquet file."""
+    parts = [pq.read_table(io.BytesIO(data)) for _, data in sorted(files.items())]
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables(parts), sink)
     return sink.getvalue()

@@ -55,7 +55,7 @@ def constraint(package: str) -> str:
 def shell_commands(words: list[str] | str) -> str:
     """What a container's command runs, as one line: `sh -c` unwrapped, compose's doubled dollars read."""
     line = words if isinstance(words, str) else words[2] if words[:2] == ["sh", "-c"] else shlex.join(words)
-    return re.sub(r'^PGPASSWORD="\S+ \S+" exec ', "", line.replace("$$", "$"))
+    return re.sub(r'^(?:[A-Z_]+="\S+ \S+" )+exec ', "", line.replace("$$", "$"))
 
 
 def commands() -> list[str]:
@@ -76,6 +76,14 @@ def commands() -> list[str]:
         *up["worker_start_ray_commands"],
         *starts,
     ]
+
+
+def test_every_mlflow_server_that_is_not_on_loopback_asks_for_a_password():
+    servers = [line for line in commands() if line.startswith("mlflow server")]
+    assert len(servers) == 2
+    assert all("--app-name=basic-auth" in line or "--app-name basic-auth" in line for line in servers)
+    asked = (ROOT / "docs" / "run-on-a-cluster.md").read_text()
+    assert asked.count("mlflow server --app-name basic-auth --host 0.0.0.0") == asked.count("mlflow server --") == 2
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""A node is lost without a word, or drained with notice; the study goes on elsewhere and ends with the same bits (F4, F5)."""
+"""A node is lost without a word, drained, or is the head: the study goes on or resumes, with the same bits (F4, F5)."""
 
 import os
 import signal
@@ -89,3 +89,27 @@ def test_a_drained_node_is_left_with_a_checkpoint_and_nothing_counts_as_a_failur
     (left_at,) = [event.details["step"] for event in study.events() if event.kind == "preempted"]
     assert [event.details["from_step"] for event in study.attempts(study.trials[0])] == [0, left_at]
     verdict("F4", study, expected, asked=1)
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_the_loss_of_the_head_costs_at_most_another_run(victim, place, quiet, verdict):
+    expected = quiet(**ONE)
+    study = place(**ONE)
+    study.plan([{"name": "pause", "point": "train.forward", "where": {"step": 10}, "action": "slow", "seconds": 3}])
+    driver = study.start(env={"RAY_gcs_rpc_server_reconnect_timeout_s": "5"})
+    end = time.monotonic() + 200
+    while not study.fired():
+        assert driver.poll() is None and time.monotonic() < end, study.log()
+        time.sleep(0.1)
+    below = psutil.Process(driver.pid).children(recursive=True)
+    (head,) = [process for process in below if process.name() == victim]
+    head.kill()
+    study.note("head", victim, "while a trial trains")
+    code = driver.wait(timeout=300)
+    assert victim == "raylet" or code != 0, study.log()  # a trial may end before it misses its raylet
+    assert code == 0 or study.run().code == 0, study.log()
+    left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    for process in left:
+        process.kill()
+    print(f"{victim}: the job ended with {code}; {len(left)} of its {len(below)} processes were left")
+    verdict("F5", study, expected, asked=2)

@@ -1,4 +1,4 @@
-"""What a whole study does about a poison trial, a driver that wakes up too late, and changed code (F11, F13, F14)."""
+"""Whole studies: a trial without memory, a poison one, a driver that wakes up too late, changed code (F10, F11, F13, F14)."""
 
 import json
 import shutil
@@ -37,6 +37,26 @@ def test_a_poison_trial_is_quarantined_with_its_evidence_and_the_rest_is_complet
     verdict("F13", sick, quiet(trials=2, **ONE), asked=3)
 
 
+PACKED = {"resources": {"workers": 1, "zero_stage": 0, "cpus_per_worker": 0.5, "max_concurrent_trials": 2}}
+
+
+def test_who_runs_out_of_memory_among_packed_trials_is_started_again_alone_and_its_neighbour_goes_on(place, quiet, verdict):
+    packed = place(trials=2, **PACKED)
+    packed.plan([{"name": "memory", "point": "train.forward", "where": {"step": 7, "seed": 1}, "action": "out-of-memory"}])
+    ended = packed.run()
+    assert ended.code == 0, ended.log
+    assert "out of memory beside others, go on alone" in ended.log and "Traceback" not in ended.log
+    (death,) = [event for event in packed.events() if event.kind == "died"]
+    assert "can't allocate memory" in death.details["cause"]
+    (neighbour,) = [trial for trial in packed.trials if trial != death.trial]
+    assert len(packed.attempts(neighbour)) == 1 and len(packed.attempts(death.trial)) == 2
+    again = packed.attempts(death.trial)[-1]
+    assert again.details["from_step"] == 4
+    finished = [event.time_ns for event in packed.events() if event.kind == "finished" and event.trial == neighbour]
+    assert finished and finished[0] < again.time_ns, "it was not started again alone"
+    verdict("F10", packed, quiet(trials=2, **ONE), asked=1)
+
+
 def test_a_driver_that_wakes_after_another_finished_its_study_writes_nothing(place, quiet, verdict):
     study = place(**ONE)
     study.plan([{"name": "sleep", "point": "driver.poll", "visit": 8, "action": "stop"}])
@@ -72,7 +92,7 @@ def test_changed_code_is_refused_with_both_hashes_and_going_on_is_written_down(p
     study.plan([{"name": "stop", "point": "driver.poll", "visit": 6, "action": "kill"}])
     assert study.run(env=env).code == -signal.SIGKILL
     changed = checkout / "decay_core" / "decays" / "hgrn2.py"
-    changed.write_text(changed.read_text() + "\n# another thought\n")
+    changed.write_text(changed.read_text() + "\nANOTHER_THOUGHT = 1\n")
     before = {path: path.stat().st_mtime_ns for path in study.root.rglob("*") if path.suffix != ".lock"}
     ended = study.run(env=env)
     assert ended.code == 2, ended.log

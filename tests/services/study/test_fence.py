@@ -5,12 +5,14 @@ import sys
 import threading
 
 import pytest
+from filelock import Timeout
 
 from services.study import fence as module
 from services.study.fence import Fence, Fenced, claim, driver_number, next_driver
 from services.study.lease import take
 from services.study.ledger import Ledger
 from services.study.sealed import seal, unseal
+from services.study.storage import StorageError
 
 HOLD = """
 import os, signal, sys
@@ -37,6 +39,34 @@ def test_a_newer_driver_fences_the_older_one_and_its_attempts(storage):
     with pytest.raises(Fenced):
         Ledger(storage, old).append("run")
     assert Ledger(storage).events() == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b'{"driver": 9, "sha256": "0"}'])
+def test_where_the_number_is_lost_a_driver_and_its_attempts_stop_instead_of_writing(storage, content):
+    driver = next_driver(storage, 0)
+    attempt = claim(storage, driver, "t")
+    storage.delete(module.NAME) if content is None else storage.write(module.NAME, content)
+    for fence in (attempt, Fence(storage=storage, driver=driver)):
+        with pytest.raises(Fenced, match=r"fence.json is lost or damaged: driver 1 may have been replaced"), fence.held():
+            raise AssertionError("a driver that may have been replaced came in")
+    assert next_driver(storage, driver) == 2
+    Fence(storage=storage, driver=2).check()
+
+
+def test_a_lock_that_cannot_be_had_is_one_line(storage, monkeypatch):
+    class Held:
+        def __init__(self, path, timeout):
+            self.path = path
+
+        def acquire(self):
+            raise Timeout(str(self.path))
+
+    monkeypatch.setattr(module, "FileLock", Held)
+    with pytest.raises(StorageError) as refused, Fence(storage=storage, driver=0).held():
+        raise AssertionError("somebody else has the lock")
+    assert len(str(refused.value).splitlines()) == 1 and ".fence.lock has been held for twice 10 s; end the process" in str(
+        refused.value
+    )
 
 
 def test_a_newer_attempt_fences_the_older_one_of_its_trial_alone(storage):

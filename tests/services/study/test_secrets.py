@@ -1,8 +1,14 @@
 """What of an address may be shown."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from services.study.ledger import Ledger
 from services.study.secrets import first_line, without_password
+from services.study.storage import Storage, StorageError
 
 
 @pytest.mark.parametrize(
@@ -22,3 +28,31 @@ def test_passwords_and_tokens_are_not_shown_and_nothing_else_is_lost(text, shown
 def test_an_errors_first_line_is_its_own_words_or_its_name():
     assert first_line(OSError("\nhttps://u:pw@host is away\nand more")) == "https://u:***@host is away"
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_a_storage_goes_by_its_name_without_the_password_and_works_with_it():
+    storage = Storage("memory://user:hunter2@store/runs").child("study")
+    storage.write("a", b"1")
+    assert Storage(storage.address).read("a") == b"1"
+    assert storage.root == "memory://user:***@store/runs/study"
+    with pytest.raises(StorageError) as refused:
+        storage.read("../a")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_the_ledger_is_told_of_errors_has_no_password(tmp_path):
+    storage = Storage(str(tmp_path))
+    Ledger(storage).append("died", "t", cause="OSError: s3://key:hunter2@host/x is away", causes=["ftp://a:hunter2@b"])
+    for path in (tmp_path / "ledger").iterdir():
+        assert b"hunter2" not in path.read_bytes() and b"s3://key:***@host/x is away" in path.read_bytes()
+
+
+def test_no_command_shows_the_password_of_a_storage(root: Path, process_env, tmp_path):
+    study = str(root / "tune_spaces" / "smoke.yaml")
+    for command in ("status", "report", "run"):
+        said = subprocess.run(
+            [sys.executable, "-m", "services.cli", command, study, "--storage", "memory://user:hunter2@store/runs"],
+            env=process_env, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert "store/runs" in said.stdout + said.stderr
+        assert "hunter2" not in said.stdout + said.stderr

@@ -1,5 +1,6 @@
 """A study that has started may grow, and is refused in one line when it was changed, shrunk or damaged."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -7,7 +8,16 @@ import pytest
 
 from services.study.file import StudyError
 from services.study.ledger import Ledger
-from services.study.manifest import NAME, check_unchanged, drift, next_manifest, read_manifest, write_manifest
+from services.study.manifest import (
+    NAME,
+    ROOT,
+    check_unchanged,
+    code_digest,
+    drift,
+    next_manifest,
+    read_manifest,
+    write_manifest,
+)
 from services.study.plan import make_plan
 
 DATA = {"digest": "a" * 64, "source": "sotu", "path": "/data"}
@@ -97,6 +107,13 @@ def test_a_changed_key_is_named_with_both_values(study, started, change, said):
     assert f"has started with other values of {said}; change them back" in message
 
 
+def test_the_number_of_ranks_may_change_where_the_study_says_so_and_nothing_else_with_it(study, started):
+    check_unchanged(started, make_plan(study(resources={"elastic": True, "workers": 4, "micro_batch_size": 1})))
+    assert "resources.workers (2 -> 4)" in refused(check_unchanged, started, make_plan(study(resources={"workers": 4})))
+    also = {"elastic": True, "workers": 4, "zero_stage": 1}
+    assert "resources.zero_stage (0 -> 1)" in refused(check_unchanged, started, make_plan(study(resources=also)))
+
+
 def test_several_changed_keys_are_all_named(study, started):
     plan = make_plan(study(recipe={"lr": 0.5, "steps": 200}, resources={"workers": 1}))
     message = refused(check_unchanged, started, plan)
@@ -119,6 +136,44 @@ def test_another_tokenizer_and_other_code_are_refused_with_both_hashes_and_accep
     assert f"code {file} changed: was eeeeeeeeeeee, is {started.code[file][:12]}" in said
     accepted = next_manifest(old, plan, data, accept_drift=True)
     assert accepted.code == started.code and len(drift(old, accepted)) == 2
+
+
+CODE = '''"""What it is."""
+import math
+
+
+class Wave:
+    """A wave."""
+
+    def at(self, x):
+        """Its height."""
+        return "# no comment" + str(math.sin(x))  # a comment
+'''
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ('"""What it is."""', '"""Something else\n\nand more."""\n# and a comment', True),
+        ('        """Its height."""\n', "", True),
+        ("  # a comment", "", True),
+        ("# no comment", "# no comments", False),
+        ("math.sin", "math.cos", False),
+        ("    def at", "    y = 1\n\n    def at", False),
+    ],
+)
+def test_the_digest_of_code_is_that_of_what_runs(old, new, same):
+    assert old in CODE
+    assert (code_digest(CODE.replace(old, new)) == code_digest(CODE)) is same
+
+
+def test_a_study_of_an_earlier_release_whose_files_are_what_they_were_goes_on(study, started):
+    of_bytes = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in started.code}
+    old = replace(started, code=of_bytes)
+    assert not of_bytes.items() & started.code.items()
+    assert next_manifest(old, make_plan(study()), DATA).code == started.code
+    old = replace(started, code={**of_bytes, "services/train/loop.py": "e" * 64})
+    assert "code services/train/loop.py changed: was eeeeeeeeeeee" in refused(next_manifest, old, make_plan(study()), DATA)
 
 
 def test_a_finished_study_may_be_looked_at_with_newer_code(study, started):

@@ -1,7 +1,8 @@
 """One rank as its own process: run_rank.py RANK KILL_AT_STEP PORT=JOB.json ... trains the jobs one after another.
 
 Rank 0 prints a line per job: RESULT and the result, or FAILED and the reason, as JSON. With KILL_AT_STEP above 0 the
-process kills itself (SIGKILL) when its step counter reaches that step, before the step is logged.
+process kills itself (SIGKILL) when its step counter reaches that step, before the step is logged and after the checkpoints
+before it are committed (fault points are for kills in between).
 """
 
 import json
@@ -50,6 +51,7 @@ def _die_at(trainer: type, step: int) -> None:
 
     def step_or_die(self):  # type: ignore[no-untyped-def]
         if self.progress.step == step:
+            self.saver.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         original(self)
 

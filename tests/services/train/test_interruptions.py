@@ -49,6 +49,21 @@ def test_an_attempt_that_wakes_after_its_successor_ended_writes_nothing(launch, 
     assert everything(tmp_path / "study") == left
 
 
+def test_steps_go_on_while_a_checkpoint_is_written_and_a_kill_then_loses_only_that_one(launch, train, tmp_path):
+    slow = {"name": "slow", "point": "checkpoint.write", "where": {"step": 8, "rank": 1}, "action": "slow", "seconds": 300}
+    kill = {"name": "kill", "point": "train.forward", "where": {"step": 11, "rank": 0}, "action": "kill"}
+    ranks = launch({"name": "behind", "workers": 2}, faults=[slow, kill])
+    said = ranks[0].communicate(timeout=120)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == -signal.SIGKILL, said
+    assert (tmp_path / "faults.json.fired" / "slow.0.json").exists()
+    left = sorted(path.name for path in (tmp_path / "behind" / "trials" / "trial" / "checkpoints").iterdir())
+    assert [name.partition(".tmp-")[0] for name in left] == ["step_00000004", "step_00000008"] and ".tmp-" in left[1]
+    train({"name": "behind", "workers": 2})
+    assert [attempt["from_step"] for attempt in events(tmp_path / "behind", "attempt")] == [0, 4]
+
+
 def events(folder, kind):
     found = [json.loads(path.read_bytes()) for path in sorted((folder / "ledger").iterdir())]
     return [event["details"] for event in found if event["kind"] == kind]
@@ -82,11 +97,16 @@ def test_a_notice_is_answered_by_a_checkpoint_and_one_that_nobody_acts_on_expire
 
 @pytest.mark.faults
 @pytest.mark.parametrize("action, said", [("no-space", "No space left on device"), ("io-error", "Input/output error")])
-def test_a_disk_that_fails_at_a_checkpoint_is_one_line_and_the_one_before_is_gone_on_from(train, tmp_path, action, said):
-    fault = {"name": "disk", "point": "checkpoint.write", "where": {"step": 8}, "action": action}
-    (failed,) = train({"name": "disk"}, faults=[fault])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_fails_at_a_checkpoint_is_one_line_and_the_one_before_is_gone_on_from(
+    train, tmp_path, action, said, workers
+):
+    where = {"step": 8, "rank": workers - 1}  # what stops the writer of one rank ends all ranks in the same words
+    fault = {"name": "disk", "point": "checkpoint.write", "where": where, "action": action}
+    (failed,) = train({"name": "disk", "workers": workers}, faults=[fault])
     assert f"{said} at disk below {tmp_path}/disk; what was saved before is kept: mend it and run again" in failed.reason
-    resumed, quiet = train({"name": "disk"}, {"name": "quiet"})
+    assert not list((failed.folder / "checkpoints").glob("*.tmp-*"))
+    resumed, quiet = train({"name": "disk", "workers": workers}, {"name": "quiet", "workers": workers})
     assert [attempt["from_step"] for attempt in events(tmp_path / "disk", "attempt")] == [0, 4]
     assert resumed.result["weights_sha256"] == quiet.result["weights_sha256"]
 
