@@ -359,7 +359,8 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, d_state, _):
         *tensors, saved = ctx.saved_tensors
-        there = saved if saved.numel() and not ctx.overwritten else None
+        # Its data, which has a version of its own: a gradient that lies there may be added to before the next pass.
+        there = saved.data if saved.numel() and not ctx.overwritten else None
         do = torch.zeros_like(tensors[2]) if do is None else do
         formula = _Formula(ctx.kind, ctx.slope, ctx.scale, ctx.exact)
         found = _gradients((*tensors, there, do, d_state if ctx.want_state else None), formula, ctx.policy, True)

@@ -36,8 +36,8 @@ def gradients_kernel(
     WRITE: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
 ):
     """v: read where w = 1 only. d_log is None where there is no decay. APART: a program for each slice of K, with a share in
-    d_log, (slices, B, T, H). A program does `count` slots, one if it
-    has one stage."""
+    d_log, (slices, B, T, H). A program
+    does `count` slots, one if it has one stage."""
     ALL: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SLICES: tl.constexpr = 1 if APART else ALL  # that this program does
     slice_k = tl.program_id(0) % ALL if APART else 0

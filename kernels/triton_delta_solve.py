@@ -94,10 +94,10 @@ def _merged(inverse, lower, rows, level, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def inverted(lower, beta, rows, LEVELS: tl.constexpr, LP: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """M from K̃, strictly lower triangular. HALF: by products of fp16 operands."""
-    # M β is what is built; a β that is raised to here changes M by less than its rounding.
-    beta = tl.maximum(beta, 1e-20 if LP == tl.float32 else 6e-5)
+def inverted(lower, beta, largest, rows, LEVELS: tl.constexpr, LP: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """M from K̃, strictly lower triangular. largest: of all |k|². HALF: by products of fp16 operands."""
+    # M β is what is built; a β that is raised to here changes M by less than its rounding, since it erases by β |k|².
+    beta = tl.maximum(beta, 1e-20 if LP == tl.float32 else 6e-5 / tl.maximum(largest, 1.0))
     lower *= -beta[None, :]
     inverse = tl.where((rows[:, None] ^ rows[None, :]) == 1, lower, 0.0)
     if HALF:
@@ -111,12 +111,19 @@ def inverted(lower, beta, rows, LEVELS: tl.constexpr, LP: tl.constexpr, HALF: tl
 
 
 @triton.jit
-def inverted_either(lower, beta, fits, rows, LEVELS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
-    """The same by fp16 operands where fp16 has the range."""
-    if LP != tl.float32 and fits:
-        found = inverted(lower, beta, rows, LEVELS, LP, True, PRECISION)
+def in_range(squares, beta, largest):
+    """Whether fp16 has the range: no erasure expands, and no key is huge."""
+    return (tl.max(squares * beta, 0) <= 2.05) & (largest <= 1024.0)
+
+
+@triton.jit
+def inverted_either(lower, beta, squares, rows, LEVELS: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr):
+    """The same by fp16 operands where fp16 has the range. squares: |k|²."""
+    largest = tl.max(squares, 0)
+    if LP != tl.float32 and in_range(squares, beta, largest):
+        found = inverted(lower, beta, largest, rows, LEVELS, LP, True, PRECISION)
     else:
-        found = inverted(lower, beta, rows, LEVELS, LP, False, PRECISION)
+        found = inverted(lower, beta, largest, rows, LEVELS, LP, False, PRECISION)
     return found
 
 
@@ -154,7 +161,8 @@ def _solve(
     if NORM:
         lower *= inverse_norm[:, None] * inverse_norm[None, :]
         squares *= inverse_norm * inverse_norm
-    found = inverted(lower, betas, rows, LEVELS, LP, HALF, PRECISION)
+    largest = tl.max(squares, 0)
+    found = inverted(lower, betas, largest, rows, LEVELS, LP, HALF, PRECISION)
     place = slot.to(tl.int64) * heads + head
     entries = place * (CHUNK * CHUNK) + rows[:, None] * CHUNK + rows[None, :]
     other = fraction
@@ -166,7 +174,7 @@ def _solve(
             other *= factor
     tl.store(inverse + entries, found.to(inverse.dtype.element_ty))
     put_gates(gates + place * (PLANES * CHUNK), rows, whole, other, betas, inverse_norm, CHUNK, NORM)
-    return (tl.max(squares * betas, 0) <= 2.05) & (tl.max(squares, 0) <= 1024.0)
+    return in_range(squares, betas, largest)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])

@@ -118,9 +118,8 @@ def _prepare_at(
         tl.store(totals + place * (2 * K) + K + columns, total, mask=columns < K)
     square = place * (CHUNK * CHUNK)
     store_tile(scores + square, CHUNK, 0, CHUNK, tl.where(up_to(CHUNK), pairs, 0.0), CHUNK, CHUNK, CHUNK)
-    fits = (tl.max(squares * betas, 0) <= 2.05) & (tl.max(squares, 0) <= 1024.0)
     lower = tl.where(rows[:, None] > rows[None, :], lower, 0.0)
-    found = inverted_either(lower, betas, fits, rows, LEVELS, LP, PRECISION)
+    found = inverted_either(lower, betas, squares, rows, LEVELS, LP, PRECISION)
     factor = 1.0
     if inverse.dtype.element_ty == tl.float16:
         factor = tl.maximum(tl.max(tl.max(tl.abs(found), 1), 0) * 2.0**-15, 1.0)

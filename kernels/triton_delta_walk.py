@@ -147,7 +147,7 @@ def reverse_kernel(
     d_offsets = rows[:, None] * (d_t * ALIGN) + cv[None, :]
     dr_offsets = rows[:, None] * (heads * V) + cv[None, :]
     dr_base = dr + ((batch * tokens + first) * heads + head) * V
-    place = (first_slot(cu, batch, segment, start, tokens, CHUNK) + chunks - 1) * heads + head
+    place = (first_slot(cu, batch, segment, start, tokens, CHUNK) + tl.maximum(chunks - 1, 0)) * heads + head
     m_base = inverse + place * (CHUNK * CHUNK)
     m_offsets = rows[:, None] * CHUNK + rows[None, :]
     g_base = gates + place * (PLANES * CHUNK)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
-_TOKEN = re.compile(r"(https?://)[^/\s:@]+@")
+_PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@")
+_USER_INFO = re.compile(r"(https?://)[^/\s]+@", re.IGNORECASE)  # a token stands in either place
 
 
 def without_password(text: str) -> str:
-    """`text` with the password of every address in it (scheme://user:password@host, http://token@host) replaced by ***."""
-    return _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text))
+    """`text` with *** for the password of every address in it (scheme://user:password@host), and for all that stands before
+    the host of a web address."""
+    return _PASSWORD.sub(r"\1:***@", _USER_INFO.sub(r"\1***@", text))
 
 
 class WithoutPasswords(logging.Formatter):

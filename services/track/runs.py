@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+
+from services.study.secrets import without_password  # noqa: E402
 
 TRIAL_TAG = "decay.trial"
 STUDY_TAG = "decay.study"
@@ -74,9 +77,9 @@ def _check_open(uri: str) -> None:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow's, SQLAlchemy's, requests': whatever it is, the store cannot be used
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        if "401" in first:
+        if re.search(r"\b401\b", first):
             first = "it asks for a user and a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        raise TrackingError(f"tracking.uri {uri} cannot be opened: {first}") from error
+        raise TrackingError(without_password(f"tracking.uri {uri} cannot be opened: {first}")) from error
 
 
 def is_file_database(uri: str) -> bool:

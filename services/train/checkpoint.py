@@ -161,11 +161,13 @@ def commit(
     write_atomically(scratch / COMPLETE, text)
     faults.point("checkpoint.commit", step=position.step)
     final = storage.local_path / FOLDER / name
+    damaged = scratch.with_name(f"{scratch.name}-replaced")
     with fence.held():
         if final.exists():  # an older attempt got this far; equal bits are no reason to trust it over what was just checked
-            shutil.rmtree(final)
+            os.rename(final, damaged)
         os.rename(scratch, final)
         fsync_folder(final.parent)
+    shutil.rmtree(damaged, ignore_errors=True)  # not under the fence's lock, for which the steps may be waiting
 
 
 def _inspect(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:

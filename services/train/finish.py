@@ -59,7 +59,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         initial_decay_profile=progress.initial_profile,
         weights_sha256=digest,
         order_hash=progress.order_hash,
-        world_size=trainer.world.size,
+        world_size=progress.world_sizes[-1],
         world_sizes=tuple(progress.world_sizes),
         zero_stage=job.rank_resources.zero_stage,
         mlflow_run_id=None,

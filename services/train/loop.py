@@ -124,7 +124,7 @@ class Trainer:
             kept = self.storage.read(f"{checkpoint.FOLDER}/{name}/steps.jsonl") or b""
             if self.fence is not None:
                 self._take_histograms(name)
-        if self.progress.world_sizes[-1:] != [self.world.size]:
+        if self.progress.world_sizes[-1:] != [self.world.size] and self.progress.step < self.recipe.steps:
             self.progress.world_sizes.append(self.world.size)
         if self.fence is not None:
             self.log = StepLog(self.storage, self.fence, kept)

@@ -18,11 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from services.study import faults
-from services.study.fence import Fence
+from services.study.fence import Fence, Fenced
 from services.study.storage import Storage
 from services.train import checkpoint
 from services.train.engine import Engine
-from services.train.job import World
+from services.train.job import TrialFailed, World
 from services.train.randomness import random_state
 from services.train.snapshot import HostMemory, Snapshot
 from services.train.step_log import StepLog
@@ -78,6 +78,8 @@ class Saver:
         """Lets the checkpoint in flight end when the trial ends by an error of its own; not for ever, and raises nothing."""
         if self._thread is not None:
             self._thread.join(LEAVE_S)
+            if self._thread.is_alive():
+                log.error("a checkpoint has been in writing for %.0f s after its trial's end; it is left behind", LEAVE_S)
         if self._error is not None:
             log.warning("the last checkpoint was not committed (%s)", self._error)
 
@@ -150,7 +152,9 @@ class Saver:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error less what it holds on to, as another process can have it."""
-    if error is None or isinstance(error, OSError | RuntimeError | ValueError):
+    """The error as another process can have it: others' classes may hold what cannot travel, or be made in other ways."""
+    if error is None or type(error) in (RuntimeError, ValueError, TrialFailed, Fenced):
         return error
+    if isinstance(error, OSError):
+        return OSError(str(error)) if error.errno is None else OSError(error.errno, error.strerror, error.filename)
     return RuntimeError(f"{type(error).__name__}: {error}")

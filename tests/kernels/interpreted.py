@@ -31,15 +31,15 @@ class Scripts:
         self._over = False
 
     def begin(self, paths: Iterable[Path]) -> None:
-        for path in paths:
+        for path in map(Path.resolve, paths):
             if path not in self._begun:
                 self._begun[path] = self._pool.submit(self._run, path)
 
     def printed(self, path: Path) -> dict[str, Any]:
         """The last line that a script printed; AssertionError with its errors if it failed."""
         self.begin([path])
-        code, printed, errors = self._begun[path].result()
-        assert code == 0, errors[-3000:]
+        code, printed, errors = self._begun[path.resolve()].result()
+        assert code == 0 and printed, errors[-3000:]
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return found
 

@@ -48,6 +48,9 @@ CASES = {
     "made again": {"policy": "recompute"},
     "packed, made again": {"policy": "recompute", "lengths": [1, 0, 40, 13]},
     "no states": {"states": False},
+    "packed, the first empty": {"lengths": [0, 17, 0, 5]},
+    "large keys, some of them masked": {"keys": "thirty", "beta": "masked"},
+    "fp16, large keys, some of them masked": {"keys": "thirty", "beta": "masked", "dtype": "float16"},
     "fp16": {"dtype": "float16"},
     "fp16, one key, β = 1.9": {"dtype": "float16", "keys": "one", "beta": 1.9, "gate": "one"},
     "fp16, an expanding erasure": {"dtype": "float16", "keys": "four", "gate": "fast", "beta": 0.5},
@@ -153,8 +156,10 @@ def main():
 
     def keys_of(kind, shape):
         k = numbers(*shape, seed=3)
-        k = {"one": k[:, :1].expand_as(k), "two": k[:, torch.arange(shape[1]) % 2]}.get(kind, k)
-        k = F.normalize(k, dim=-1) * (4 if kind == "four" else 1)
+        k = {"one": k[:, :1].expand_as(k), "thirty": k[:, :1].expand_as(k), "two": k[:, torch.arange(shape[1]) % 2]}.get(
+            kind, k
+        )
+        k = F.normalize(k, dim=-1) * {"four": 4, "thirty": 30}.get(kind, 1)
         return k * (torch.arange(shape[1]) % 3 > 0)[:, None, None] if kind == "zeros" else k.contiguous()
 
     def made(granularity, **options):
@@ -166,7 +171,11 @@ def main():
             batch, tokens, count = 1, sum(lengths), len(lengths)
         rows, dtype = (batch, tokens, heads), getattr(torch, case["dtype"])
         source = source_of(case["gate"], (*rows, k) if granularity == "vector" else rows)
-        beta = 2 * numbers(*rows, seed=4).sigmoid() if case["beta"] is None else torch.full(rows, case["beta"])
+        beta = 2 * numbers(*rows, seed=4).sigmoid()
+        if case["beta"] == "masked":  # two of three tokens; what is left of β is small as |k|² is large
+            beta = beta / 900 * (torch.arange(rows[1]) % 3 == 0)[:, None]
+        elif case["beta"] is not None:
+            beta = torch.full(rows, case["beta"])
         tensors = [y.to(dtype) for y in (numbers(*rows, k), keys_of(case["keys"], (*rows, k)), numbers(*rows, v, seed=5))]
         parts = [None] * 3 if source is None else [source.x, source.gain, source.offset]
         state = numbers(count, heads, k, v, seed=6) if case["states"] else None

@@ -165,7 +165,7 @@ def test_widths_of_keys_and_values(vector, k, v):
 @needs_gpu
 @both
 def test_packed_sequences_are_those_by_themselves(vector):
-    lengths = [1, 0, 130, 64, 0, 70]
+    lengths = [0, 1, 0, 130, 64, 0, 70]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     compare(inputs(vector, "mixed", shape=(1, sum(lengths), 3), sequences=len(lengths)), bounds=bounds)
 

@@ -16,7 +16,10 @@ from services.study.storage import Storage, StorageError
     [
         ("postgresql://mlflow:hunter2@db/mlflow", "postgresql://mlflow:***@db/mlflow"),
         ("https://s3cret-token@host/path", "https://***@host/path"),
-        ("https://user:pw@one and http://user:pw@two", "https://user:***@one and http://user:***@two"),
+        ("https://user:pw@one and HTTP://user:pw@two", "https://***@one and HTTP://***@two"),
+        ("https://s3cret-token:@host and https://s3cret-token:x-oauth-basic@host", "https://***@host and https://***@host"),
+        ("postgresql://mlflow:hunter/2@db/mlflow", "postgresql://mlflow:***@db/mlflow"),
+        ("redis://:hunter2@db and ftp://user:@db", "redis://:***@db and ftp://user:***@db"),
         ("sqlite:////shared/mlflow.db", "sqlite:////shared/mlflow.db"),
         ("http://127.0.0.1:5000 asked by a@b.org", "http://127.0.0.1:5000 asked by a@b.org"),
     ],
@@ -26,7 +29,7 @@ def test_passwords_and_tokens_are_not_shown_and_nothing_else_is_lost(text, shown
 
 
 def test_an_errors_first_line_is_its_own_words_or_its_name():
-    assert first_line(OSError("\nhttps://u:pw@host is away\nand more")) == "https://u:***@host is away"
+    assert first_line(OSError("\nhttps://u:pw@host is away\nand more")) == "https://***@host is away"
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
