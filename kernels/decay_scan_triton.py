@@ -330,10 +330,11 @@ def _remember(ctx, inputs, output) -> None:
 def _differentiate(ctx, do, d_state, _):
     tensors, formula = ctx.saved_tensors, (ctx.kind, ctx.slope, ctx.scale, ctx.exact)
     do = torch.zeros_like(tensors[2]) if do is None else do
-    return _asked(ctx, tensors, _backward(*tensors, do, d_state if ctx.want_state else None, *formula, ctx.policy))
+    return wanted_gradients(ctx, tensors, _backward(*tensors, do, d_state if ctx.want_state else None, *formula, ctx.policy))
 
 
-def _asked(ctx, tensors, found):
+def wanted_gradients(ctx, tensors, found):
+    """Of the gradients found for the tensors those that autograd asks for, None for its other arguments."""
     # An empty tensor stands for None where an input has entries.
     needed = zip(ctx.needs_input_grad, tensors, found, strict=False)
     grads = [y if need and y.shape == x.shape else None for need, x, y in needed]
@@ -365,4 +366,4 @@ class _Eager(torch.autograd.Function):
         formula = _Formula(ctx.kind, ctx.slope, ctx.scale, ctx.exact)
         found = _gradients((*tensors, there, do, d_state if ctx.want_state else None), formula, ctx.policy, True)
         ctx.overwritten |= there is not None and found[0].data_ptr() == there.data_ptr()
-        return _asked(ctx, tensors, found)
+        return wanted_gradients(ctx, tensors, found)

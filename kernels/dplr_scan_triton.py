@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.compile_ahead import compile_ahead
-from kernels.decay_scan_triton import _side_by_side, _traced, absence, architecture_of, choose, policy, refusal
+from kernels.decay_scan_triton import (
+    _side_by_side,
+    _traced,
+    absence,
+    architecture_of,
+    choose,
+    policy,
+    refusal,
+    wanted_gradients,
+)
 from kernels.decay_source import PARAMETERS, DecaySource
 from kernels.dplr_scan_chunked import dplr_scan_chunked
 from kernels.launching import on_device_of
@@ -257,10 +266,7 @@ def _differentiate(ctx, do, d_state, *_, backward=_backward):
     tensors = ctx.saved_tensors
     do = torch.zeros_like(tensors[2]) if do is None else do
     found = backward(*tensors[:10], list(tensors[10:]), do, d_state if ctx.want_state else None, *ctx.options)
-    # An empty tensor stands for None where an input has entries.
-    needed = zip(ctx.needs_input_grad, tensors, found, strict=False)
-    grads = [y if need and y.shape == x.shape else None for need, x, y in needed]
-    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+    return wanted_gradients(ctx, tensors, found)
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

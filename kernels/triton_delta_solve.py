@@ -85,8 +85,8 @@ def get_total(gates, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _merged(inverse, lower, rows, level, PRECISION: tl.constexpr):
-    """−M β of blocks of 2^(level + 1) tokens from that of their halves; `lower` is −K̃ β, as products take it."""
+def merged(inverse, lower, rows, level, PRECISION: tl.constexpr):
+    """(I − L)^-1 − I of blocks of 2^(level + 1) tokens from that of their halves; `lower` is L, as products take it."""
     operand = inverse.to(lower.dtype)
     across = tl.dot(operand, lower, lower.to(tl.float32), input_precision=PRECISION)
     across = tl.dot(across.to(lower.dtype), operand, across, input_precision=PRECISION)
@@ -103,10 +103,10 @@ def inverted(lower, beta, largest, rows, LEVELS: tl.constexpr, LP: tl.constexpr,
     if HALF:
         operand = lower.to(tl.float16)
         for level in tl.static_range(1, LEVELS):
-            inverse = _merged(inverse, operand, rows, level, PRECISION)
+            inverse = merged(inverse, operand, rows, level, PRECISION)
     else:
         for level in tl.range(1, LEVELS):
-            inverse = _merged(inverse, lower, rows, level, PRECISION)
+            inverse = merged(inverse, lower, rows, level, PRECISION)
     return inverse * (-1.0 / beta)[None, :]
 
 

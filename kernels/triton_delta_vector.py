@@ -170,6 +170,18 @@ def _kept_dtype(q: Tensor) -> torch.dtype:
     return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
 
+def all_chunks(call: Any, kernel: Any, arguments: dict[str, Any], warps: int, registers: int | None, slices: int = 1) -> None:
+    """A launch for all chunks of a call and, but for `exact`, one for those that were flagged as steep."""
+    for again in (False,) if call.exact else (False, True):
+        group = GROUP if again else 1
+        exactly = {"EXACT": call.exact or again, "AGAIN": again, "GROUP": group, "slots": call.slots}
+        # The exact kernels have more in registers than there are: with 8 warps they spill less and compile sooner.
+        how = {"num_warps": 8} if exactly["EXACT"] else {"num_warps": warps, **at_most(registers)}
+        with call.on_device:
+            programs = cdiv(call.slots, group) * call.heads * (1 if exactly["EXACT"] else slices)
+            launch(kernel, (programs,), arguments | exactly, num_stages=1, **how)
+
+
 class _Call:
     """One call: its tensors and sizes, and the launches that its passes share."""
 
@@ -234,19 +246,8 @@ class _Call:
             q=self.q, k=self.k, beta=self.beta, **found._asdict(), **strides("beta", self.beta), **self.parts,
             BLOCK_K=min(config.prepare_key_block, self.whole_k), RANGE=self.range,
         )  # fmt: skip
-        self.all_chunks(prepare_kernel, arguments, config.prepare_warps, config.prepare_registers)
+        all_chunks(self, prepare_kernel, arguments, config.prepare_warps, config.prepare_registers)
         return found
-
-    def all_chunks(self, kernel: Any, arguments: dict[str, Any], warps: int, registers: int | None, slices: int = 1) -> None:
-        """A launch for all chunks and, but for `exact`, one for those that were flagged as steep."""
-        for again in (False,) if self.exact else (False, True):
-            group = GROUP if again else 1
-            exactly = {"EXACT": self.exact or again, "AGAIN": again, "GROUP": group, "slots": self.slots}
-            # The exact kernels have more in registers than there are: with 8 warps they spill less and compile sooner.
-            how = {"num_warps": 8} if exactly["EXACT"] else {"num_warps": warps, **at_most(registers)}
-            with self.on_device:
-                programs = cdiv(self.slots, group) * self.heads * (1 if exactly["EXACT"] else slices)
-                launch(kernel, (programs,), arguments | exactly, num_stages=1, **how)
 
     def walk_forwards(
         self, prepared: _Prepared, o: Tensor | None, initial: Tensor | None, final: Tensor | None, keep: bool
@@ -320,7 +321,7 @@ class _Call:
         )  # fmt: skip
         slices = 1 if self.parts["NORM"] else cdiv(self.key_dim, arguments["BLOCK_K"])
         how = (self.config.gradient_warps, self.config.gradient_registers, slices)
-        self.all_chunks(vector_gradients_kernel, arguments, *how)
+        all_chunks(self, vector_gradients_kernel, arguments, *how)
         given = {name: getattr(self.source, name) for name in _PARTS}
         summed = {name: None if y is None else y.sum(dim=0).to(given[name].dtype) for name, y in rows.items()}
         return DeltaGradients(dq, dk, dv, d_beta.to(self.beta.dtype), dx, **summed, initial_state=d_initial)

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from kernels.decay_source import DecaySource
 from kernels.launching import INTERPRETED, at_most, cdiv, launch, on_device_of, padded, strides, widened
+from kernels.triton_delta_vector import all_chunks
 from kernels.triton_dplr_gradients import gradients_kernel, pairs_kernel
 from kernels.triton_dplr_prepare import prepare_kernel
 from kernels.triton_dplr_walk import forward_kernel, reverse_kernel
 from kernels.triton_gate import KINDS
 from kernels.triton_scalar import slot_count
-from kernels.triton_vector import FINE_RANGE, GROUP, RANGE, _parameter
+from kernels.triton_vector import FINE_RANGE, RANGE, _parameter
 
 _PARTS = ("gain", "offset")
 
@@ -300,19 +301,8 @@ class _Call:
             **self.parts, **found._asdict(), BLOCK_K=min(config.prepare_key_block, self.whole_k),
             RANGE=FINE_RANGE if self.q.dtype == torch.float32 else RANGE, HALF=self.q.dtype != torch.float32,
         )  # fmt: skip
-        self.all_chunks(prepare_kernel, arguments, config.prepare_warps, config.prepare_registers)
+        all_chunks(self, prepare_kernel, arguments, config.prepare_warps, config.prepare_registers)
         return found
-
-    def all_chunks(self, kernel: Any, arguments: dict[str, Any], warps: int, registers: int | None, slices: int = 1) -> None:
-        """A launch for all chunks and, but for `exact`, one for those that were flagged as steep."""
-        for again in (False,) if self.exact else (False, True):
-            group = GROUP if again else 1
-            exactly = {"EXACT": self.exact or again, "AGAIN": again, "GROUP": group, "slots": self.slots}
-            # The exact kernels have more in registers than there are: with 8 warps they spill less and compile sooner.
-            how = {"num_warps": 8} if exactly["EXACT"] else {"num_warps": warps, **at_most(registers)}
-            with self.on_device:
-                programs = cdiv(self.slots, group) * self.heads * (1 if exactly["EXACT"] else slices)
-                launch(kernel, (programs,), arguments | exactly, num_stages=1, **how)
 
     def walk_forwards(
         self, prepared: Prepared, o: Tensor | None, initial: Tensor | None, final: Tensor | None, saved: Saved | None
@@ -381,6 +371,6 @@ class _Call:
             BLOCK_K=min(self.config.gradient_key_block, self.whole_k), BLOCK_V=self.whole_v,
         )  # fmt: skip
         slices = cdiv(self.key_dim, arguments["BLOCK_K"])
-        self.all_chunks(gradients_kernel, arguments, self.config.gradient_warps, self.config.gradient_registers, slices)
+        all_chunks(self, gradients_kernel, arguments, self.config.gradient_warps, self.config.gradient_registers, slices)
         summed = {name: None if y is None else y.sum(dim=0).to(getattr(self.source, name).dtype) for name, y in rows.items()}
         return DplrGradients(dq, dk, dv, da, db, dx, **summed, initial_state=d_initial)

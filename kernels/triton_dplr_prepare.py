@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_delta_solve import merged
 from kernels.triton_delta_vector_walk import get_block
 from kernels.triton_scalar_tiles import locate_slot
 from kernels.triton_vector_tiles import (
@@ -44,15 +45,6 @@ LARGEST = tl.constexpr(4096.0)  # of M in fp16, so that what is left out of a bl
 
 
 @triton.jit
-def _merged(inverse, lower, rows, level, PRECISION: tl.constexpr):
-    """M of blocks of 2^(level + 1) tokens from that of their halves: between two halves it is (I + M) L (I + M)."""
-    inner = inverse.to(lower.dtype)
-    across = tl.dot(inner, lower, lower.to(tl.float32), input_precision=PRECISION)
-    across = tl.dot(across.to(lower.dtype), inner, across, input_precision=PRECISION)
-    return tl.where(((rows[:, None] ^ rows[None, :]) >> level) == 1, across, inverse)
-
-
-@triton.jit
 def inverted(lower, rows, LEVELS: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
     """M of a strictly lower triangular L."""
     pairs = tl.where((rows[:, None] ^ rows[None, :]) == 1, lower, 0.0)
@@ -63,12 +55,12 @@ def inverted(lower, rows, LEVELS: tl.constexpr, HALF: tl.constexpr, PRECISION: t
         if wide == 0:
             small = lower.to(tl.float16)
             for level in tl.static_range(1, LEVELS):
-                inverse = _merged(inverse, small, rows, level, PRECISION)
+                inverse = merged(inverse, small, rows, level, PRECISION)
             wide = tl.max(tl.max(tl.where(tl.abs(inverse) < LARGEST, 0, 1), 1), 0)  # NaN is not below it
     if wide != 0:
         inverse = pairs
         for level in tl.range(1, LEVELS):
-            inverse = _merged(inverse, lower, rows, level, PRECISION)
+            inverse = merged(inverse, lower, rows, level, PRECISION)
     return inverse
 
 
